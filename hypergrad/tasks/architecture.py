@@ -43,7 +43,7 @@ from .classifier import (
     weighted_mean,
 )
 from .networks import extract_patches
-from .task import Task, as_sizes, check_choice, has_held_out
+from .task import Task, as_sizes, check_choice, check_finite, has_held_out
 
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
@@ -122,7 +122,9 @@ def mixed_operation(x: Float[Array, "c s s n"], w: PyTree, alpha: Array) -> Arra
 def scores(
     w: PyTree, alpha: Array, x: Float[Array, "n side side"]
 ) -> Float[Array, "n classes"]:
-    """Returns the scores of a stem, the cell, 2 x 2 average pooling and a linear head.
+    """Returns the scores of a stem, the cell, a pooling layer and a linear head.
+
+    The features are the means of the four quarters of each map.
 
     Args:
       w: Parameters, as in `init_network`.
@@ -297,7 +299,8 @@ def make(
       price: Price of the operations of the largest cell, in nats.
       hold_out: Whether the last third of the validation images is excluded from the
         outer loss, for choosing settings by the metrics ``held_out_accuracy`` and
-        ``held_out_loss``. The metric ``val_accuracy`` is that of all of them.
+        ``held_out_loss``, which contain images of the outer loss if ``hold_out`` is
+        traced and False. The metric ``val_accuracy`` is that of all of them.
       split_key: PRNG key of the split. Defaults to ``jax.random.key(0)``, for which
         `ranking` contains the accuracy of every cell.
       data: ``{"x": [n, side * side], "y": [n]}`` with classes 0 to 9 and an even side.
@@ -306,10 +309,10 @@ def make(
         sizes of the scale.
 
     Raises:
-      TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown or needs data, ``sizes`` are not three positive
-        integers or too small for ``hold_out``, or ``data`` has too few examples, images
-        that are not square, or other labels.
+      TypeError: ``price``, ``sizes`` or an array of ``data`` has another type.
+      ValueError: ``scale`` is unknown or needs data, ``price`` is not finite, ``sizes``
+        are not three positive integers or too small for ``hold_out``, or ``data`` has
+        too few examples, images that are not square, or other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.architecture.make(key=jax.random.key(0))
@@ -319,6 +322,7 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
+    check_finite(price=price)
     num_train, num_val, channels = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)

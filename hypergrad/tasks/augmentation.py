@@ -44,7 +44,7 @@ from .classifier import (
     mask_held_out,
     random_order,
 )
-from .task import Task, as_sizes, check_choice, has_held_out
+from .task import Task, as_sizes, check_at_least_zero, check_choice, has_held_out
 
 NUM_CLASSES = 10
 OPERATIONS = (
@@ -267,17 +267,18 @@ def make(
       data_dir: Ignored, because scikit-learn contains the digits.
       penalty: Factor of the inner L2 penalty.
       hold_out: Whether a quarter of the validation images is excluded from the outer
-        loss, for choosing settings.
+        loss, for choosing settings by the metrics ``held_out_accuracy`` and
+        ``held_out_loss``. If it is traced and False, these metrics are NaN.
       data: ``{"x": [n, side * side], "y": [n]}`` with classes 0 to 9. Defaults to the
         digits.
       sizes: Numbers of training images, validation images and hidden units. Defaults to
         the sizes of the scale.
 
     Raises:
-      TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown or needs data, ``sizes`` are not three positive
-        integers or too small for ``hold_out``, or ``data`` has too few examples, images
-        that are not square, or other labels.
+      TypeError: ``penalty``, ``sizes`` or an array of ``data`` has another type.
+      ValueError: ``scale`` is unknown or needs data, ``penalty`` is negative or not
+        finite, ``sizes`` are not three positive integers or too small for ``hold_out``,
+        or ``data`` has too few examples, images that are not square, or other labels.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.augmentation.make(key=jax.random.key(0))
@@ -287,6 +288,7 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
+    check_at_least_zero(penalty=penalty)
     num_train, num_val, num_hidden = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)

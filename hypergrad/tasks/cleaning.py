@@ -30,7 +30,13 @@ from .classifier import (
     random_order,
 )
 from .networks import softmax_regression
-from .task import Task, check_choice
+from .task import (
+    Task,
+    check_at_least_zero,
+    check_choice,
+    check_finite,
+    has_held_out,
+)
 
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1000, 150, 10
 NUM_HELD_OUT = 50
@@ -138,7 +144,8 @@ def make(
       data_dir: Ignored, because scikit-learn contains the digits.
       penalty: Factor of the inner L2 penalty.
       hold_out: Whether 50 validation examples are excluded from the outer loss, for
-        choosing settings.
+        choosing settings by the metrics ``held_out_accuracy`` and ``held_out_loss``. If
+        it is traced and False, these metrics are NaN.
       corruption: Probability that a training label is wrong.
       batch_size: Batch size of the inner loss, and of the outer loss up to its 150
         examples. Defaults to all examples.
@@ -146,13 +153,16 @@ def make(
         examples. Defaults to the digits.
 
     Raises:
-      TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown, ``corruption`` is not a probability, or ``data``
-        has another shape, too few examples or other labels.
+      TypeError: A number or an array of ``data`` has another type.
+      ValueError: ``scale`` is unknown, ``penalty`` is negative or not finite,
+        ``corruption`` is not a probability, or ``data`` has another shape, too few
+        examples or other labels.
     """
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, ("small",))
+    check_at_least_zero(penalty=penalty)
+    check_finite(corruption=corruption)
     if not is_traced(corruption) and not 0 <= np.asarray(corruption) <= 1:
         raise ValueError(
             f"corruption must be in [0, 1]; got {corruption}. Pass the probability of "
@@ -172,7 +182,7 @@ def make(
         "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
         "f1": jax.tree_util.Partial(f1_of_wrong_labels, splits["train"]["wrong"]),
     }
-    if is_traced(hold_out) or hold_out:
+    if has_held_out(hold_out, NUM_HELD_OUT, NUM_VAL):
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
             "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),

@@ -279,9 +279,9 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      TypeError: A size is not in `SCALES`, data has a wrong type, or an argument is
-        traced.
-      ValueError: The scale is unknown, a number of ``sizes`` is not positive,
+      TypeError: A size is not in `SCALES`, a size or data has a wrong type, or an
+        argument is traced.
+      ValueError: The scale is unknown, a number of ``sizes`` is out of range,
         ``imbalance`` is below 1 or leaves a class no training example, or data has a
         wrong shape, a wrong label, or too few examples for the sizes or ``hold_out``.
     """

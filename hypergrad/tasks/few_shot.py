@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import datasets as datasets
 from .. import spaces
@@ -48,7 +48,13 @@ from ..inner.base import InnerSolver
 from ..problem import Bilevel
 from ..validation import as_key
 from .networks import batch_norm, strided_convolution
-from .task import Task, check_choice, check_counts
+from .task import (
+    Task,
+    check_at_least_zero,
+    check_choice,
+    check_counts,
+    check_sequences,
+)
 
 NUM_QUERIES = 15  # Per class.
 NUM_TEST_BATCHES = 25  # Batches of tasks per test accuracy.
@@ -360,7 +366,7 @@ def make(
     num_tasks: int | None = None,
     penalty: float | Array = PENALTY,
     hidden: tuple[int, ...] = (64,),
-    images: Array | None = None,
+    images: ArrayLike | None = None,
     num_turns: int = 4,
 ) -> Task:
     """Returns the task of classification from few drawings of characters or digits.
@@ -384,20 +390,20 @@ def make(
     Raises:
       FileNotFoundError: Omniglot is not in ``data_dir``, or is needed for the paper's
         scale.
-      ValueError: The scale, the variant or the number of turns is unknown, another
-        number is not positive, or images have a wrong shape or are too few.
+      TypeError: ``penalty`` is not a number, or ``hidden`` not a sequence.
+      ValueError: The scale, the variant or the number of turns is unknown, a number is
+        out of range, or images have a wrong shape or are too few.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
     check_choice("variant", variant, SOURCES)
     check_choice("num_turns", num_turns, SPLIT_TENTHS)
     num_tasks = {"small": 4, "paper": 32}[scale] if num_tasks is None else num_tasks
-    check_counts(
-        num_ways=num_ways, num_shots=num_shots, num_tasks=num_tasks, hidden=hidden
-    )
+    check_counts(num_ways=num_ways, num_shots=num_shots, num_tasks=num_tasks)
+    check_sequences(hidden=hidden)
+    check_at_least_zero(penalty=penalty)
     if images is None:
-        _, loaded_images, num_turns = characters(scale, data_dir)
-        images = jnp.asarray(loaded_images)
+        _, images, num_turns = characters(scale, data_dir)
     images = jnp.asarray(images, float)
     check_images(images, num_ways, num_shots + NUM_QUERIES, num_turns)
     split_key, body_key, head_key = jax.random.split(key, 3)

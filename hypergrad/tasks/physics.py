@@ -387,9 +387,9 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: The scale or the variant is unknown, a number of ``sizes`` is not
-        positive, or ``hold_out`` holds out all of the sensors.
-      TypeError: A size is not in `SCALES`.
+      ValueError: The scale or the variant is unknown, a number of ``sizes`` is out of
+        range, or ``hold_out`` holds out all of the sensors.
+      TypeError: A size is not in `SCALES`, or its type is not that of the entry.
     """
     check_choice("variant", variant, SCALES)
     check_choice("scale", scale, SCALES[variant])

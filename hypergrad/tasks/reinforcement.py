@@ -54,9 +54,9 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      ValueError: The scale or the variant is unknown, or a number of ``sizes`` is not
-        positive.
-      TypeError: A size is not in `SCALES`.
+      ValueError: The scale or the variant is unknown, or a number of ``sizes`` is out
+        of range.
+      TypeError: A size is not in `SCALES`, or its type is not that of the entry.
     """
     del data_dir
     if variant not in SCALES:

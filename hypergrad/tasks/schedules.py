@@ -39,7 +39,7 @@ from .classifier import (
     val_loss,
 )
 from .networks import MLP, split_module
-from .task import Task, check_choice
+from .task import Task, check_choice, check_counts
 
 NUM_WINDOWS = 5
 SMALL, PAPER = (600, 400, 797), (10_000, 10_000, 10_000)
@@ -150,12 +150,14 @@ def make(
 
     Raises:
       TypeError: An array of ``data`` has another type.
-      ValueError: ``scale`` is unknown, ``num_windows`` exceeds ``num_steps``, or
-        ``data`` has another shape, too few examples or other labels.
+      ValueError: ``scale`` is unknown, ``num_steps`` or ``num_windows`` is not a
+        positive integer, ``num_windows`` exceeds ``num_steps``, or ``data`` has another
+        shape, too few examples or other labels.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
-    if not 1 <= num_windows <= num_steps:
+    check_counts(num_steps=num_steps, num_windows=num_windows)
+    if num_windows > num_steps:
         raise ValueError(
             f"num_windows must be in 1..num_steps = {num_steps}; got {num_windows}. "
             "Each window needs at least one step."

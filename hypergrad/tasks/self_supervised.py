@@ -30,9 +30,9 @@ from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
-from ..validation import as_key, is_traced
+from ..validation import as_key
 from .classifier import as_arrays, check_data, random_order
-from .task import Task, check_counts
+from .task import Task, check_at_least_zero, check_choice, check_counts, has_held_out
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
 NUM_HELD_OUT = 100
@@ -221,19 +221,21 @@ def make(
       width: Number of features.
       dimension: Dimension of the vectors that the contrastive loss compares.
       hold_out: Whether 100 validation examples are excluded from the outer loss, for
-        choosing settings.
+        choosing settings by the metric ``held_out_error``. If it is traced and False,
+        this metric is NaN.
       data: ``{"x": [n, 64], "y": [n]}`` with classes 0 to 9 and more than 1,200
         examples. Defaults to scikit-learn's digits.
 
     Raises:
-      TypeError: data has a wrong type.
-      ValueError: The scale is unknown, ``width`` or ``dimension`` is not positive, or
-        data has a wrong shape, a wrong label or too few examples.
+      TypeError: ``penalty`` or data has a wrong type.
+      ValueError: The scale is unknown, ``penalty`` is negative or not finite, ``width``
+        or ``dimension`` is not positive, or data has a wrong shape, a wrong label or
+        too few examples.
     """
     key = as_key(key)
     del data_dir
-    if scale != "small":
-        raise ValueError(f"scale must be 'small'; got {scale!r}.")
+    check_choice("scale", scale, ("small",))
+    check_at_least_zero(penalty=penalty)
     check_counts(width=width, dimension=dimension)
     data = datasets.load("digits") if data is None else data
     check_data(data, NUM_TRAIN + NUM_FIT + NUM_VAL + 1, NUM_CLASSES)
@@ -258,7 +260,7 @@ def make(
         "test_accuracy": jax.tree_util.Partial(accuracy, test),
         "test_error": jax.tree_util.Partial(probe_error_on, test),
     }
-    if is_traced(hold_out) or hold_out:
+    if has_held_out(hold_out, NUM_HELD_OUT, NUM_VAL):
         held_out = jax.tree_util.Partial(probe_error_on, splits["held_out"])
         metrics["held_out_error"] = held_out
     return Task(

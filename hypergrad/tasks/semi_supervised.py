@@ -24,6 +24,7 @@ from .. import datasets as datasets
 from .. import spaces
 from ..inner import Descent, Newton
 from ..problem import Bilevel
+from ..recording import Metric
 from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier
@@ -37,7 +38,7 @@ from .classifier import (
     random_order,
 )
 from .networks import softmax_regression
-from .task import Task, as_sizes, check_choice, has_held_out
+from .task import Task, as_sizes, check_at_least_zero, check_choice, has_held_out
 
 NUM_CLASSES = 10
 # Numbers of labeled, validation and unlabeled examples. The rest is for testing.
@@ -115,6 +116,30 @@ def split(
     }
 
 
+def make_metrics(
+    splits: PyTree, predictions: Array, hold_out: Array | bool
+) -> dict[str, Metric]:
+    """Returns the metrics, and those of held-out examples if there are any.
+
+    Args:
+      splits: Result of `split`.
+      predictions: Result of `pseudo_labels`.
+      hold_out: Argument of `make`.
+    """
+    num_val = len(splits["val"]["y"])
+    is_wrong = predictions != splits["unlabeled"]["y"]
+    metrics = {
+        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
+        "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
+    }
+    if has_held_out(hold_out, num_val // 3, num_val):
+        metrics |= {
+            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
+            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+        }
+    return metrics
+
+
 def make(
     *,
     key: Array,
@@ -139,17 +164,17 @@ def make(
         makes the pseudo-labels.
       hold_out: Whether a third of the validation examples is not in the outer loss but
         in the metrics ``held_out_accuracy`` and ``held_out_loss``, for model selection.
-        Defaults to False.
+        Defaults to False. If it is traced and False, these metrics are NaN.
       data: ``{"x": [n, features], "y": [n]}`` with classes 0 to 9. Defaults to
         scikit-learn's digits.
       sizes: Numbers of labeled, validation and unlabeled examples. Defaults to the
         sizes of the scale.
 
     Raises:
-      TypeError: data has a wrong type.
-      ValueError: The scale is unknown, the sizes are not three positive integers or too
-        small for ``hold_out``, or data is missing, has a wrong shape or a wrong label,
-        or is smaller than the sizes.
+      TypeError: ``penalty``, ``sizes`` or data has a wrong type.
+      ValueError: The scale is unknown, ``penalty`` is negative or not finite, the sizes
+        are not three positive integers or too small for ``hold_out``, or data is
+        missing, has a wrong shape or a wrong label, or is smaller than the sizes.
 
     >>> import jax, hypergrad as hg
     >>> task = hg.tasks.semi_supervised.make(key=jax.random.key(0))
@@ -159,8 +184,9 @@ def make(
     key = as_key(key)
     del data_dir
     check_choice("scale", scale, tuple(SIZES))
+    check_at_least_zero(penalty=penalty)
     split_sizes = as_sizes(sizes, SIZES[scale])
-    _, num_val, num_unlabeled = split_sizes
+    num_unlabeled = split_sizes[2]
     check_scale(scale, data, sum(split_sizes) + 1)
     data = datasets.load("digits") if data is None else data
     check_data(data, sum(split_sizes) + 1, NUM_CLASSES)
@@ -174,16 +200,6 @@ def make(
         "unlabeled": {"x": splits["unlabeled"]["x"], "y": predictions},
         "penalty": penalty,
     }
-    is_wrong = predictions != splits["unlabeled"]["y"]
-    metrics = {
-        "test_accuracy": jax.tree_util.Partial(accuracy, splits["test"]),
-        "auroc": jax.tree_util.Partial(auroc_of_wrong_labels, is_wrong),
-    }
-    if has_held_out(hold_out, num_val // 3, num_val):
-        metrics |= {
-            "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
-        }
     return Task(
         name="semi_supervised",
         paradigm="semi-supervised",
@@ -193,5 +209,5 @@ def make(
         w=w,
         alpha=jnp.full(num_unlabeled, 0.5),
         space=spaces.Unit(shape=(num_unlabeled,)),
-        metrics=metrics,
+        metrics=make_metrics(splits, predictions, hold_out),
     )

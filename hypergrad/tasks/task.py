@@ -4,12 +4,18 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
 from ..recording import Metric, check_metrics
-from ..validation import check_positive_int, is_traced
+from ..validation import (
+    check_positive_int,
+    float_converter,
+    is_traced,
+    non_negative,
+)
 
 
 class Task(eqx.Module):
@@ -67,37 +73,79 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 def check_counts(**counts: Any) -> None:
     """Checks numbers of examples, tasks or units, which determine shapes.
 
-    Args:
-      counts: An integer, or a sequence of integers, for each name of an argument.
-
     Raises:
       ValueError: A number is not an integer of at least 1.
     """
-    for name, value in counts.items():
-        for count in value if isinstance(value, list | tuple) else (value,):
+    for name, count in counts.items():
+        check_positive_int(name, count)
+
+
+def check_sequences(**sequences: Any) -> None:
+    """Checks sequences of counts, for example the sizes of layers.
+
+    Raises:
+      TypeError: A value is not a sequence.
+      ValueError: A number in it is not an integer of at least 1.
+    """
+    for name, counts in sequences.items():
+        if not isinstance(counts, Sequence):
+            raise TypeError(
+                f"{name} must be a sequence of integers, such as (20, 10); got "
+                f"{counts!r}."
+            )
+        for count in counts:
             check_positive_int(name, count)
+
+
+def check_finite(**values: Any) -> None:
+    """Checks real numbers, unless they are traced.
+
+    Raises:
+      TypeError: A value is not a number.
+      ValueError: A number is NaN or infinite, or an array is not a scalar.
+    """
+    for name, value in values.items():
+        number = float_converter(name, optional=False)(value)
+        is_finite = is_traced(number) or np.isfinite(number)
+        if np.shape(number) != () or not is_finite:
+            raise ValueError(f"{name} must be a finite number; got {value!r}.")
+
+
+def check_at_least_zero(**values: Any) -> None:
+    """Checks penalties, step sizes and deviations, unless they are traced.
+
+    Raises:
+      TypeError: A value is not a number.
+      ValueError: A number is negative, NaN or infinite, or an array is not a scalar.
+    """
+    check_finite(**values)
+    for name, value in values.items():
+        non_negative(name)(value)
 
 
 def as_sizes(sizes: Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the argument ``sizes`` of a task as a tuple; None stands for ``default``.
 
     Raises:
+      TypeError: The sizes are not a sequence.
       ValueError: There are more or fewer sizes than in ``default``, or one of them is
         not an integer of at least 1.
     """
     if sizes is None:
         return default
-    sizes = tuple(sizes)
+    check_sequences(sizes=sizes)
     if len(sizes) != len(default):
         raise ValueError(
             f"sizes must have {len(default)} entries, such as {default}; got {sizes}."
         )
-    check_counts(sizes=sizes)
-    return sizes
+    return tuple(sizes)
 
 
 def has_held_out(hold_out: Any, num_held_out: int, num_val: int) -> bool:
     """Returns False if ``hold_out`` is False, and True if it is True or traced.
+
+    With a traced ``hold_out``, a task either has no metrics of held-out examples, or
+    its docstring states their value if ``hold_out`` is False.
 
     Args:
       hold_out: Argument of ``make``.
@@ -123,18 +171,22 @@ def sizes_of(name: str, defaults: dict[str, Any], sizes: dict[str, Any]) -> dict
 
     Args:
       name: Name of the task.
-      defaults: Default sizes. All but floating-point numbers are counts.
+      defaults: Default sizes: counts, tuples of counts, and floating-point numbers of
+        at least 0.
       sizes: Sizes passed to ``make``.
 
     Raises:
-      TypeError: A size has a name that is not in ``defaults``.
-      ValueError: A count is not an integer of at least 1.
+      TypeError: A size has a name that is not in ``defaults``, or another type than the
+        default.
+      ValueError: A count is not an integer of at least 1, or another number is negative
+        or not finite.
     """
     if unknown := set(sizes) - set(defaults):
         raise TypeError(
             f"sizes of {name}.make must be among {', '.join(defaults)}; got "
             f"{', '.join(sorted(unknown))}."
         )
-    is_count = lambda name: not isinstance(defaults[name], float)
-    check_counts(**{name: size for name, size in sizes.items() if is_count(name)})
+    checks = {float: check_at_least_zero, tuple: check_sequences, int: check_counts}
+    for size_name, size in sizes.items():
+        checks[type(defaults[size_name])](**{size_name: size})
     return defaults | sizes

@@ -166,6 +166,28 @@ def test_losses_of_used_and_held_out_examples_average_to_that_of_all(name: str):
     np.testing.assert_allclose(actual, outer_value(full), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted(HELD_OUT.keys() - {"federated"}))
+def test_a_traced_hold_out_gives_the_metrics_that_its_task_states(name: str):
+    """Other metrics than those of held-out examples are always finite."""
+
+    def evaluate(hold_out):
+        key = jax.random.key(0)
+        task = TASKS[name].make(key=key, hold_out=hold_out)
+        return task.metric_values(task.w, task.alpha, key)
+
+    evaluate_traced = jax.jit(evaluate)
+    without, with_some = map(evaluate_traced, (jnp.array(False), jnp.array(True)))
+    held_out = {metric for metric in without if metric.startswith("held")}
+    assert all(np.isfinite(without[metric]) for metric in without.keys() - held_out)
+    if name in ("penalties", "physics", "schedules"):
+        assert not held_out
+        return
+    assert HELD_OUT[name] in held_out
+    is_finite = name == "architecture"
+    assert all(np.isfinite(without[metric]) == is_finite for metric in held_out)
+    chex.assert_trees_all_close(with_some, evaluate(True), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -326,11 +348,50 @@ def test_the_paper_scale_needs_data_if_none_is_bundled(name: str):
         ("augmentation", {"sizes": (-1, 100, 10)}, "sizes"),
         ("architecture", {"sizes": (1000, 797, 3)}, "data"),
         ("augmentation", {"sizes": (1000, 797, 3)}, "data"),
+        ("architecture", {"price": np.nan}, "price"),
+        ("architecture", {"price": np.ones(3)}, "price"),
+        ("augmentation", {"penalty": -1.0}, "penalty"),
+        ("cleaning", {"penalty": -1.0}, "penalty"),
+        ("cleaning", {"corruption": np.full(1000, 0.3)}, "corruption"),
+        ("federated", {"step_size": -1.0}, "step_size"),
+        ("few_shot", {"variant": "imaml", "penalty": -5}, "penalty"),
+        ("physics", {"noise": np.nan}, "noise"),
+        ("physics", {"num_sensors": (3, 4)}, "num_sensors"),
+        ("reinforcement", {"step_size": -1.0}, "step_size"),
+        ("schedules", {"num_windows": 2.5}, "num_windows"),
+        ("schedules", {"num_steps": 50.0}, "num_steps"),
+        ("self_supervised", {"penalty": np.inf}, "penalty"),
+        ("semi_supervised", {"penalty": np.nan}, "penalty"),
     ],
 )
 def test_a_value_that_does_not_fit_is_an_error(name: str, arguments, argument: str):
     with pytest.raises(ValueError, match=argument):
         TASKS[name].make(key=jax.random.key(0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cleaning", {"penalty": "small"}),
+        ("federated", {"imbalance": "a"}),
+        ("few_shot", {"hidden": 64}),
+        ("physics", {"hidden": 20}),
+        ("semi_supervised", {"sizes": 5}),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_an_error(name: str, arguments: dict):
+    (argument,) = arguments
+    with pytest.raises(TypeError, match=f"^{argument} must be"):
+        TASKS[name].make(key=jax.random.key(0), **arguments)
+
+
+def test_traced_penalties_and_prices_are_accepted():
+    for name in ("architecture", "augmentation", "cleaning", "semi_supervised"):
+        argument = "price" if name == "architecture" else "penalty"
+        make_w = lambda x, name=name, argument=argument: (
+            make(name, DIGITS, **{argument: x}).w
+        )
+        assert jax.eval_shape(jax.vmap(make_w), jnp.array([0.1, 0.2]))
 
 
 @pytest.mark.parametrize(
