@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from .products import Loss
+from .stopped_shifts import Stopped
 
 #: Operations whose result is a maximum, and those that compare.
 MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
@@ -129,5 +130,41 @@ def scan_lengths(params: dict[str, Any], operands: Sequence[Any]) -> tuple[int, 
 
 def is_of_jax(jaxpr: Jaxpr) -> bool:
     """Returns True if the function of a jaxpr is defined in JAX."""
-    source = jaxpr.debug_info.func_src_info or ""
+    return _is_file_of_jax(jaxpr.debug_info.func_src_info or "")
+
+
+def _is_file_of_jax(source: str) -> bool:
     return "/jax/_src/" in source.replace("\\", "/")
+
+
+def is_operand_of_branch(equation: Any, numbers: Sequence[Any]) -> bool:
+    """Returns True for a selection that stands for the operand of a batched `cond`.
+
+    JAX computes all branches of a batched `cond` or `switch`. It passes
+    ``select(p, x, stop_gradient(x))`` to a branch instead of ``x``, or
+    ``select(p, x, x)`` for integers, and takes the result of the branch only where
+    ``p`` holds. The selection is then ``x``.
+
+    Args:
+      equation: The equation of the jaxpr.
+      numbers: Numbers of its operands by `number_of_result`, which equal values share.
+    """
+    if equation.primitive.name != "select_n" or len(numbers) != 3:
+        return False
+    _, on_false, on_true = numbers
+    return on_false in (on_true, Stopped(on_true)) and _is_made_by_cond(equation)
+
+
+def _is_made_by_cond(equation: Any) -> bool:
+    """Returns True if a rule of `jax.lax.cond` or `switch` has made an equation.
+
+    Only functions of JAX are then called between the rule and the equation. Between a
+    rule and an equation of a branch stands the function of the user.
+    """
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not _is_file_of_jax(frame.file_name):
+            return False
+        if frame.file_name.endswith("conditionals.py"):
+            return True
+    return False

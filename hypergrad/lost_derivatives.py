@@ -28,6 +28,7 @@ from .jaxpr import (
     MAXIMA,
     inner_jaxprs,
     is_of_jax,
+    is_operand_of_branch,
     locations_of_ties,
     scan_lengths,
 )
@@ -40,6 +41,7 @@ from .stopped_shifts import (
     as_operand,
     common_shift,
     number_of,
+    number_of_result,
     repeated_axes,
     shift_of_result,
     varying_axes,
@@ -119,16 +121,9 @@ PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
 
 #: Operations that only move or convert a value, so that a maximum stays one.
 LAYOUT = {
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "max",
-    "reshape",
-    "select_n",
-    "squeeze",
-    "transpose",
-    "stop_gradient",
-}
+    "broadcast_in_dim", "convert_element_type", "copy", "max", "reshape", "select_n",
+    "squeeze", "transpose", "stop_gradient",
+}  # fmt: skip
 
 #: Calls of a jaxpr, whose values are those of the operands and results.
 CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"}
@@ -245,8 +240,11 @@ def _with_numbers(
     name, params = equation.primitive.name, equation.params
     if name in CALLS | HAS_JAXPRS or equation.effects or any(inner_jaxprs(params)):
         return list(map(_with_number, results))
-    number = number_of(name, params, [x.number for x in operands])
-    results = [x._replace(number=(number, i)) for i, x in enumerate(results)]
+    numbers = [x.number for x in operands]
+    results = [
+        x._replace(number=number_of_result(equation, numbers, i))
+        for i, x in enumerate(results)
+    ]
     if name in SAME_ELEMENTS and len(operands) == 1:
         constant = operands[0].constant
         repeated = repeated_axes(equation, operands[0].repeated)
@@ -306,6 +304,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
         results = map(_merge, zip(*branches, strict=True))
         return [result.selected_by(operands[0]) for result in results]
+    if is_operand_of_branch(equation, [x.number for x in operands]):
+        return [operands[-1]]
     if name == "custom_linear_solve":
         # The solver's own constants, such as a factorization, are not differentiated.
         lengths = params["const_lengths"]

@@ -128,6 +128,29 @@ def number_of(*parts: Any) -> bytes:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
+class Stopped(NamedTuple):
+    """The number of a value that `jax.lax.stop_gradient` returns.
+
+    Attributes:
+      number: The number of the same value with its derivative.
+    """
+
+    number: Any
+
+
+def number_of_result(equation: Any, numbers: list[Any], index: int) -> Any:
+    """Returns the number of a result of an operation on operands with ``numbers``.
+
+    An operation that keeps the elements of a stopped value has a stopped result.
+    """
+    name, params = equation.primitive.name, equation.params
+    if name == "stop_gradient":
+        return Stopped(numbers[0])
+    if name in SAME_ELEMENTS and isinstance(numbers[0], Stopped):
+        return Stopped((number_of(name, params, [numbers[0].number]), 0))
+    return number_of(name, params, numbers), index
+
+
 def varying_axes(shape: Sequence[int], repeated: Collection[int]) -> tuple[int, ...]:
     """Returns the axes of a shape that are longer than 1 and not ``repeated``."""
     return tuple(i for i, n in enumerate(shape) if n > 1 and i not in repeated)

@@ -29,6 +29,18 @@ def straight_through(x):
 straight_through.defvjp(lambda x: (jnp.sign(x), None), lambda _, g: (g,))
 
 
+def square_or_negative(x):
+    return lax.cond(x > 0, lambda x: x**2, lambda x: -x, x)
+
+
+def square_negative_or_scaled(kind, x, scale):
+    branches = [lambda x: x**2, lambda x: -x, lambda x: scale * x]
+    return lax.switch(kind, branches, x)
+
+
+KINDS = np.arange(3)
+
+
 def attention(x):
     heads = x[None, :, None, :]
     return jax.nn.dot_product_attention(heads, heads, heads).sum()
@@ -130,6 +142,35 @@ PIECEWISE_SMOOTH = {
     ).sum(),
     "gamma function": lambda x: jax.scipy.special.gamma(x).sum(),
     "beta function": lambda x: jax.scipy.special.beta(x**2, 2.0).sum(),
+    "batched cond": lambda x: jax.vmap(square_or_negative)(x[0]).sum(),
+    "twice batched cond": lambda x: jax.vmap(jax.vmap(square_or_negative), in_axes=1)(
+        x
+    ).sum(),
+    "batched cond in jit": lambda x: (
+        jax.vmap(jax.jit(square_or_negative))(x[0]).sum()
+        + jax.vmap(jax.checkpoint(square_or_negative))(x[1]).sum()
+    ),
+    "batched cond in a loop": lambda x: jax.vmap(lambda x: scan(square_or_negative, x))(
+        x[0]
+    ).sum(),
+    "batched cond of a maximum": lambda x: jax.vmap(
+        lambda top: lax.cond(top > 0, lambda top: top**2, lambda top: -top, top)
+    )(jnp.max(x, axis=1)).sum(),
+    "batched cond of an integer": lambda x: jax.vmap(
+        lambda x, n: lax.cond(x > 0, lambda x, n: n * x, lambda x, n: -n * x, x, n)
+    )(x[0], KINDS + 1).sum(),
+    "batched switch": lambda x: jax.vmap(square_negative_or_scaled)(
+        KINDS, x[0], x[1]
+    ).sum(),
+    "batched switch of one scale": lambda x: jax.vmap(
+        square_negative_or_scaled, (0, 0, None)
+    )(KINDS, x[0], 2.0).sum(),
+    "twice batched switch of one scale": lambda x: jax.vmap(
+        jax.vmap(square_negative_or_scaled, (0, 0, None)), (None, 0, None)
+    )(KINDS, x, x[0, 0] ** 2).sum(),
+    "jnp.piecewise": lambda x: jnp.piecewise(
+        x, [x < 0, x >= 0], [lambda x: -x, lambda x: x**2]
+    ).sum(),
 }
 
 
@@ -340,6 +381,39 @@ LOST = {
     "argmax": lambda x: jnp.sum(x) + jnp.eye(3)[jnp.argmax(x[0]), 0],
     "lt": lambda x: jnp.sum(x) + count_doublings(x[0, 0]),
 }
+
+
+@jax.jit
+def stopped_if_negative(x):
+    return jnp.where(x > 0, x, lax.stop_gradient(x))
+
+
+#: Selections between a value and the same value without its derivative.
+STOPPED = {
+    "where": lambda x: jnp.sum(jnp.where(x > 0, x, lax.stop_gradient(x))),
+    "select": lambda x: jnp.sum(lax.select(x > 0, x, lax.stop_gradient(x))),
+    "batched": lambda x: jax.vmap(stopped_if_negative)(x[0]).sum(),
+    "in batched cond": lambda x: jax.vmap(
+        lambda x: lax.cond(x < 2, stopped_if_negative, lambda x: x, x)
+    )(x[0]).sum(),
+    "branch of batched cond": lambda x: jax.vmap(
+        lambda x: lax.cond(x > 0, lambda x: x, lax.stop_gradient, x)
+    )(x[0]).sum(),
+    "other branch of batched cond": lambda x: jax.vmap(
+        jax.jit(lambda x: lax.cond(x > 0, lax.stop_gradient, lambda x: x, x))
+    )(x[0]).sum(),
+    "operand of batched cond": lambda x: jax.vmap(
+        lambda x: square_or_negative(lax.stop_gradient(x) * x)
+    )(x[0]).sum(),
+}
+
+
+@pytest.mark.parametrize("f", STOPPED.values(), ids=STOPPED)
+def test_a_stop_of_the_user_beside_a_selection_is_lost(f):
+    leaves, lost = find_lost_derivatives(f, X)
+    assert leaves == {0}
+    assert {x.operation for x in lost} == {"stop_gradient"}
+    assert all(__file__ in x.location for x in lost)
 
 
 HIDDEN = {
