@@ -109,6 +109,36 @@ def describe_lost_derivatives(
         )
 
 
+def check_losses_for_certificates(
+    problem: Bilevel, w: PyTree, alpha: PyTree, message: str
+) -> None:
+    """Raises ValueError if no certificate can be trusted, as a loss loses a derivative.
+
+    Args:
+      problem, w, alpha: The problem and its variables; only shapes are used.
+      message: First sentences of the error.
+    """
+    if sentences := tuple(describe_lost_derivatives(problem, None, w, alpha)):
+        raise ValueError(" ".join([message, *sentences]))
+
+
+def describe_flagged_losses(
+    problem: Bilevel, estimator: Any, w: PyTree, alpha: PyTree
+) -> Iterator[str]:
+    """Yields sentences that name lost derivatives if estimates have a flag for them.
+
+    These are the sentences of `describe_lost_derivatives`.
+    """
+
+    def flags_fn(problem, w, alpha, key):
+        state = estimator.init(problem, w, alpha, key)
+        return estimator.estimate(problem, state, alpha, key)[0].flags
+
+    flags = eqx.filter_eval_shape(flags_fn, problem, w, alpha, jax.random.key(0))
+    if "lost_derivative" in flags:
+        yield from describe_lost_derivatives(problem, estimator, w, alpha)
+
+
 def _lost_flags(is_lost: Any) -> dict[str, Array]:
     return {"lost_derivative": jnp.asarray(True)} if is_lost else {}
 

@@ -13,6 +13,10 @@ from .checkpoint import Checkpoints
 from .estimators.base import Estimator, get_target
 from .inner.descent import LINE_SEARCH_STATES, contains_state
 from .keys_in_w import bind_keys
+from .lost_derivative_checks import (
+    check_losses_for_certificates,
+    describe_flagged_losses,
+)
 from .outer_checks import (
     OnUntrusted,
     check_aggregator,
@@ -385,22 +389,28 @@ class OuterLoop(eqx.Module):
     def _check_on_untrusted_can_pass(
         self, problem: Bilevel, w: PyTree, alpha: PyTree
     ) -> None:
-        """Raises ValueError if estimates without a certificate can never be trusted.
+        """Raises ValueError if estimates can never be trusted.
 
-        ``on_untrusted`` then needs a certificate at every step.
+        ``on_untrusted`` then needs a certificate at every step, and losses whose
+        derivatives are complete.
         """
-        # A certificate replaces the trust only of estimators that target the argmin.
-        targets_argmin = get_target(self.estimator) == "argmin"
         if self.on_untrusted == "record":
             return
+        message = (
+            f'on_untrusted must be "record" for {type(self.estimator).__name__}, whose '
+            f'estimates are never trusted; got "{self.on_untrusted}".'
+        )
+        # A certificate replaces the trust only of estimators that target the argmin.
+        targets_argmin = get_target(self.estimator) == "argmin"
         if targets_argmin and self.certify_every == 1:
+            check = check_losses_for_certificates
+            check_on_shapes(check, problem, w, alpha, message)
             return
         # An average adds checks of its own, which trust nothing that is not trusted.
         estimator = getattr(self.estimator, "estimator", self.estimator)
-        if not can_be_trusted(estimator, problem, w, alpha):
-            name = type(self.estimator).__name__
-            remedy = " Use certify_every=1." if targets_argmin else ""
-            raise ValueError(
-                f'on_untrusted must be "record" for {name}, whose estimates are never '
-                f'trusted; got "{self.on_untrusted}".{remedy}'
-            )
+        if can_be_trusted(estimator, problem, w, alpha):
+            return
+        remedies = list(describe_flagged_losses(problem, estimator, w, alpha))
+        if targets_argmin and not remedies:
+            remedies = ["Use certify_every=1."]
+        raise ValueError(" ".join([message, *remedies]))

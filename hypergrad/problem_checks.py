@@ -440,6 +440,9 @@ def _can_be_trusted(structure, shapes, static_structure, static_leaves) -> bool:
         arrays = jax.tree.unflatten(structure, leaves)
         estimator, problem, w, alpha = eqx.combine(arrays, static)
         state = estimator.init(problem, w, alpha, key)
-        return estimator.estimate(problem, state, alpha, key)[0].trusted
+        estimate, _ = estimator.estimate(problem, state, alpha, key)
+        # An estimate has this flag only if the check fails, whatever the inputs are.
+        is_lost = "lost_derivative" in estimate.flags
+        return jnp.asarray(False) if is_lost else estimate.trusted
 
     return any(used_inputs(is_trusted, shapes, KEY_SHAPE))

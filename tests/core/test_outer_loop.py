@@ -689,6 +689,47 @@ def test_an_average_of_estimates_that_are_never_trusted_is_never_trusted():
             loop.init(0.0, 3.0)
 
 
+def lossy_loss(w, alpha, batch):
+    return (w - alpha - jnp.round(alpha)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("estimator", "certify_every"),
+    [
+        (hg.Implicit(hg.Newton()), None),
+        (hg.Implicit(hg.Newton()), 1),
+        (hg.Average(hg.Implicit(hg.Newton()), 2), None),
+        (hg.SOBA(SGD, SGD), 1),
+        (hg.Unrolled(hg.Descent(SGD, 3)), None),
+        (hg.Unrolled(hg.Descent(SGD, 3)), 1),
+    ],
+    ids=["Implicit", "certified", "Average", "SOBA", "Unrolled", "certified Unrolled"],
+)
+def test_a_loss_that_rounds_is_never_trusted(estimator, certify_every):
+    """The error names the line, and no certificate, which would not be trusted."""
+    problem = hg.Bilevel(lossy_loss, lambda w, alpha, batch: (w - 1) ** 2)
+    loop = hg.OuterLoop(
+        problem, estimator, SGD, certify_every=certify_every, on_untrusted="skip"
+    )
+    with pytest.raises(ValueError, match="never trusted") as error:
+        loop.init(0.0, 3.0)
+    assert __file__ in str(error.value)
+    assert "certify_every" not in str(error.value)
+
+
+def test_a_certificate_is_trusted_where_only_a_step_loses_a_derivative():
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1) ** 2
+    )
+    estimator = hg.FixedPoint(hg.Descent(optax.sign_sgd(0.01), 400), 5)
+    make = lambda **settings: hg.OuterLoop(
+        problem, estimator, SGD, on_untrusted="skip", **settings
+    ).init(0.9, 1.0)
+    with pytest.raises(ValueError, match="Use another optimizer"):
+        make()
+    make(certify_every=1)
+
+
 def test_no_certificate_stands_for_an_average_over_keys():
     problem = hg.Bilevel(
         lambda w, alpha, key: (w - alpha - jax.random.normal(key)) ** 2,
