@@ -7,6 +7,7 @@ from typing import Any
 import optax
 from jaxtyping import Array, PyTree
 
+from .keys_in_w import bind_keys_to_function, keys_of, remove_keys
 from .method_summary import MethodSummary
 from .products import gauss_newton_product, hvp
 from .validation import check_hashable
@@ -79,7 +80,7 @@ class CompositeLoss:
     def gauss_newton(
         self, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
     ) -> PyTree:
-        """Returns ``(Z' C Z + R) v``, structured like ``w``.
+        """Returns ``(Z' C Z + R) v``, structured like ``w``, with None for its keys.
 
         ``Z = dz/dw``, ``C`` is the Hessian of ``loss_fn`` in ``z``, and ``R`` is the
         Hessian of the regularizer. The matrix equals the Hessian of the loss where
@@ -88,14 +89,17 @@ class CompositeLoss:
 
         Cost: two gradients, and two of the regularizer.
         """
+        keys = keys_of(w)
+        w, v = remove_keys(w), remove_keys(v)
+        model_fn = bind_keys_to_function(self.model_fn, keys)
         product = gauss_newton_product(
-            lambda w: self.model_fn(w, alpha, batch),
+            lambda w: model_fn(w, alpha, batch),
             lambda z: self.loss_fn(z, alpha, batch),
             w,
             v,
         )
         if self.regularizer is None:
             return product
-        regularizer = self.regularizer
+        regularizer = bind_keys_to_function(self.regularizer, keys)
         regularizer_loss = lambda w, alpha, _: regularizer(w, alpha)
         return optax.tree.add(product, hvp(regularizer_loss, w, alpha, None, v))

@@ -15,6 +15,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from .keys_in_w import remove_keys, restore_keys
 from .linear.base import LinearStats, relative_residual, solve_linear
 from .linear.equilibration import Scaling
 from .linear.scaled_cg import ScaledSolution, scaled_cg
@@ -272,8 +273,23 @@ def damped_hvp_fn(
     ``hvp_fn`` replaces ``H v`` unless it is None.
     """
     loss_hvp = lambda *args: hvp(problem.inner_loss, *args)
-    product = loss_hvp if hvp_fn is None else hvp_fn
+    product = loss_hvp if hvp_fn is None else _with_keys(hvp_fn, problem.keys_of_w)
     return lambda v: add_scale(product(w, alpha, batch, v), damping, v)
+
+
+def _with_keys(hvp_fn: HvpFn, keys: PyTree | None) -> HvpFn:
+    """Returns ``hvp_fn`` as a function of parameters alone, for the keys in ``w``.
+
+    Like a loss, ``hvp_fn`` gets a ``w`` with its keys, and a ``v`` of this structure.
+    """
+    if keys is None:
+        return hvp_fn
+
+    def product(w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree) -> PyTree:
+        Hv = hvp_fn(restore_keys(w, keys), alpha, batch, restore_keys(v, keys))
+        return remove_keys(Hv)
+
+    return product
 
 
 def zero_adjoint(problem: Bilevel, w: PyTree) -> PyTree:

@@ -47,6 +47,11 @@ def closed_over(fn):
     return lambda scale, *args: fn({"scale": scale, "key": KEY, "count": COUNT}, *args)
 
 
+COMPOSITE = hg.CompositeLoss(
+    lambda w, alpha, batch: random_features(w["key"], w["count"]) @ w["scale"],
+    lambda z, alpha, batch: jnp.mean((z - jnp.sin(alpha[0])) ** 2),
+    lambda w, alpha: jnp.exp(alpha[1]) * jnp.sum(w["scale"] ** 2),
+)
 PROBLEM = hg.Bilevel(inner_loss, outer_loss)
 REFERENCE = hg.Bilevel(closed_over(inner_loss), closed_over(outer_loss))
 SGD = hg.Descent(optax.sgd(0.1, momentum=0.5), 10)
@@ -87,6 +92,25 @@ def test_hypergradient_is_that_of_losses_that_close_over_the_key(estimator):
     np.testing.assert_allclose(estimate.w["scale"], expected.w, 1e-12)
     assert_same_w(estimate.w, estimate.w["scale"])
     assert estimate.trusted == expected.trusted
+
+
+def test_products_get_the_key():
+    """The products of a composite loss, and those of the user, which sum over w."""
+
+    def own_product(w, alpha, batch, v):
+        loss = lambda scale: inner_loss(w | {"scale": scale}, alpha, batch)
+        gradient = jax.grad(loss)
+        _, product = jax.jvp(gradient, (w["scale"],), (v["scale"],))
+        return jax.tree.map(lambda x: x, v) | {"scale": product}
+
+    expected = hg.hypergradient(REFERENCE, hg.Implicit(hg.Newton()))(PARAMETERS, ALPHA)
+    for hvp_fn in (COMPOSITE.gauss_newton, own_product):
+        estimator = hg.Implicit(hg.Newton(), hg.CG(1e-12), hvp_fn=hvp_fn)
+        estimate = hg.hypergradient(PROBLEM, estimator)(W, ALPHA)
+        np.testing.assert_allclose(
+            estimate.hypergradient, expected.hypergradient, 1e-10
+        )
+        assert_same_w(estimate.w, estimate.w["scale"])
 
 
 def test_another_key_gives_another_hypergradient_by_the_same_program():
