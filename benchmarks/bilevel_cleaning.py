@@ -24,12 +24,12 @@ constant steps, tables that start at zero, 159,744 iterations. *SOBA*: all steps
 ``(t + 1)^-1/2``, 139,776 iterations. *AmIGO*: ten inner steps and ten of the adjoint,
 28,160 iterations. These are lengths of the stored runs, which stopped after 500
 seconds; *SOBA, full batch* makes 1,000 iterations, because its number is not known to
-us, so that its agreement is weak evidence. Step size and ratio of the stored runs: p =
-0.5 SABA 0.1 and 3.16e-4, SOBA 3.16 and 1e-3, AmIGO 0.01 and 3.16e-5, SOBA on full
-batches 1 and 1e-5; p = 0.7 SABA 0.01 and 3.16e-5, SOBA 0.316 and 1e-4; p = 0.9 SABA 0.1
-and 3.16e-4, SOBA 1 and 3.16e-4. Methods whose settings we do not know are cited and not
-run. Blocks are visited in shuffled passes, as by the authors, whose first pass is in
-the order of the data.
+us, so that its error is printed beside the stored one and not judged. Step size and
+ratio of the stored runs: p = 0.5 SABA 0.1 and 3.16e-4, SOBA 3.16 and 1e-3, AmIGO 0.01
+and 3.16e-5, SOBA on full batches 1 and 1e-5; p = 0.7 SABA 0.01 and 3.16e-5, SOBA 0.316
+and 1e-4; p = 0.9 SABA 0.1 and 3.16e-4, SOBA 1 and 3.16e-4. Methods whose settings we do
+not know are cited and not run. Blocks are visited in shuffled passes, as by the
+authors, whose first pass is in the order of the data.
 
 *Rows that the authors lack.* *implicit* has `hg.Implicit` with L-BFGS and conjugate
 gradients, both to 1e-3, on full batches, and Adam with rate 1, chosen in a trial of
@@ -49,9 +49,10 @@ under the table, is the lowest after any 512 iterations, which the test images c
 two standard deviations of our seeds as well, which is stricter. The order of SABA and
 SOBA is given by seed; three seeds, each of which draws batches, decide no claim.
 
-*Before.* The rows of this table at commit a668553 are of blocks drawn independently.
+*Before.* The rows of this table in commit 6f9184b are of blocks drawn independently.
 There SABA at p = 0.5 ended at 0.1468 ± 0.0031, outside of the tolerance, and seven of
-the eight numbers that are run were within it.
+the eight numbers that are run were within it. *SOBA, full batch* was judged until a
+review after the run: its difference of 0.06 points was within the tolerance.
 """
 
 from pathlib import Path
@@ -167,7 +168,13 @@ STORED = {
 }
 LOWEST = {"SABA": 0.1329, "AmIGO": 0.1317}  # on the way, at p = 0.5
 PUBLISHED = {
-    (method, column(share)): Published(value, 0.005, "verified", source=SOURCE)
+    (method, column(share)): Published(
+        value,
+        0.005,
+        "verified",
+        source=SOURCE,
+        scale="unknown length" if method == FULL_BATCH else "paper",
+    )
     for method, values in STORED.items()
     for share, value in zip(SHARES, values, strict=True)
 }

@@ -91,6 +91,16 @@ def test_stored_errors_are_judged_where_a_method_runs():
     assert len(compared) == len(hyper_cleaning.RATES) == 8
 
 
+def test_a_run_of_unknown_length_is_not_judged():
+    judged = {
+        method
+        for (method, _), number in bilevel_cleaning.PUBLISHED.items()
+        if number.is_reproduced(number.value, "paper") is not None
+    }
+    assert hyper_cleaning.FULL_BATCH not in judged
+    assert {"SABA", "SOBA", "AmIGO"} <= judged
+
+
 @pytest.fixture
 def ijcnn1():
     """Loads ijcnn1, or skips the test."""
@@ -175,6 +185,15 @@ def test_stored_values_are_judged_where_a_method_is_evaluated():
     num_ours = len(ijcnn1_runs.SETTINGS)
     num_others = len(bilevel_ijcnn1.METHODS) - num_ours
     assert len(bilevel_ijcnn1.cells("paper", 5)) == 5 * num_ours + num_others
+
+
+def test_only_our_programs_are_judged_by_the_stored_runs():
+    """Another program of the authors, or of this one a trial, reproduces nothing."""
+    sources = {number.source for number in bilevel_ijcnn1.PUBLISHED.values()}
+    assert sources == {bilevel_ijcnn1.SOURCE}
+    judged = {method for method, _ in bilevel_ijcnn1.PUBLISHED}
+    assert judged <= {*ijcnn1_runs.SETTINGS, bilevel_ijcnn1.LBFGS}
+    assert "StocBiO" not in judged
 
 
 def rows_of_ijcnn1(last):
