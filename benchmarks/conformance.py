@@ -40,7 +40,7 @@ initial w: the relative error of h for solves with a relative residual of 1.
 - Evolution: four of its own standard errors, plus sigma.
 - Estimators that declare no error: the estimate must be an ascent direction.
 - All exact estimates are trusted, those without an error estimate never are, and no
-  trusted estimate is more than 0.1 off.
+  trusted estimate is more than 0.02 off (0.1 until a review after the run).
 
 *Rates in float64.* The slope of log error against K is log q within 5% for the three
 series, at errors from e^-4 to e^-12. As powers, within 0.1: `Penalty` -1 and -2 in its

@@ -74,7 +74,7 @@ DOCTORED = {
     "four standard errors off": ("Evolution", "float32", {"value": 0.5}),
     "an exact one untrusted": ("Implicit, LU", "float64", {"trusted": False}),
     "a blind one trusted": ("Penalty", "float64", {"trusted": True}),
-    "trusted and far off": ("Reversible", "float32", {"value": 0.11}),
+    "trusted and 3% off": ("Reversible", "float32", {"value": 0.03}),
     "no number": ("Implicit, GMRES", "float64", {"value": None}),
     "no number but a reason": (
         *("Unrolled", "float64", {"value": None, "reason": "tired"}),
