@@ -52,6 +52,9 @@ the random cell. With a price, each has fewer FLOPs than without, and a lower ob
 than the baseline. Without a price the largest cell is available to the baseline, and no
 search can beat it by much: lines without a claim compare with baseline and random
 search. Training, rates, budget and price were set on seeds 100 and 101.
+
+Intervals. All seeds have the same split, so that no correction for re-splits (Nadeau
+and Bengio 2003) applies: they are about initial networks and batches on these images.
 """
 
 import dataclasses

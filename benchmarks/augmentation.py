@@ -44,6 +44,10 @@ Claims, on seeds 0 to 4, about the test accuracy on turned images, paired by see
 implicit, unrolled and DADA each beat the baseline by at least 10 points, and one
 magnitude and random search by any difference. Whether true pose beats implicit is
 reported without a claim. Rates, steps and budget were set on seeds 100 and 101.
+
+Intervals. The seeds re-split one data set, but the test split is larger than the 300
+images to learn from, where the correction of Nadeau and Bengio (2003) does not apply:
+the intervals are about further splits of these images.
 """
 
 import functools

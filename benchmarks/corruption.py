@@ -39,6 +39,11 @@ Claim, seeds 0 to 9, at 50%: at least four methods of the family (implicit is no
 them) close at least 60% of the gap, which is the mean gain on the baseline over the
 mean gain of the oracle, with a paired 95% interval of the gain above zero. The fraction
 of each method is printed with its interval.
+
+Intervals: the seeds are re-splits of one data set with 1,150 examples to learn from and
+647 to test, so that the intervals are wider than those of independent seeds (Nadeau and
+Bengio 2003), as in `cleaning`. Until this correction, which came after the run, they
+were two fifths as wide; the claim ended in the same way.
 """
 
 import functools
@@ -61,6 +66,7 @@ from hypergrad.bench import (
     Interval,
     MeasurementTable,
     MethodError,
+    Resplits,
     Row,
     Stage,
     difference_interval,
@@ -96,6 +102,7 @@ METHODS = (*FIXED, SEARCH, TOTAL, *FAMILY)
 GRID_COST = BUDGET * len(TUNING_SEEDS) * len(FIRST_GRID)
 SEARCH_BUDGETS = {SEARCH: BUDGET, TOTAL: BUDGET + GRID_COST // (len(PENALTIES) + 1)}
 MIN_CLOSED, MIN_METHODS = 0.6, 4  # claimed fraction of the gap, and number of methods
+RESPLITS = Resplits(test_to_train=647 / 1150)
 QUARTILES = (0.25, 0.5, 0.75)
 
 
@@ -286,7 +293,8 @@ def closed_fraction(rows: list[Row], method: str, fraction: float) -> Interval |
     if not 0 < len(values) == len(baseline) == len(oracle):
         return None
     gap = np.mean(oracle - baseline)
-    return Interval(*(x / gap for x in difference_interval(values, baseline)))
+    gain = difference_interval(values, baseline, resplits=RESPLITS)
+    return Interval(*(x / gap for x in gain))
 
 
 def findings(rows: list[Row]) -> list[Finding]:

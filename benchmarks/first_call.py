@@ -22,7 +22,10 @@ no such switch, and `SOBA` makes no check of trust. The options are `progress`,
 
 *Claims.* Over that of plain JAX, the geometric mean of the seconds is at most 1.3 with
 trust off and for SOBA, and at most 1.7 by default. Each option adds at most 5% to the
-default. The 95% interval over the repetitions must lie below the bound.
+default. The interval over the repetitions must lie below the bound. It is corrected for
+the thirteen claims by Holm's method, so that its level is 95% or more. The first form
+of this protocol had single intervals of 95%, by which all six claims on progress and
+limits were supported; a review after the run made it stricter.
 """
 
 import json
@@ -34,6 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval, select
+from hypergrad.bench.statistics import holm_levels, p_value
 
 from .shared import plots
 from .shared.first_call_programs import ESTIMATORS, OPTIONS, PLAIN, variants_of
@@ -93,20 +97,37 @@ def bounds(program: str) -> list[tuple[str, str, float]]:
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns whether each ratio is at most what is claimed."""
-    results = []
-    for program in ESTIMATORS:
-        program_rows = select(rows, method=program)
-        for variant, base, bound in bounds(program):
-            column = lambda name, rows=program_rows: [row[name] for row in rows]
-            mean, low, high = ratio_interval(column(variant), column(base))
-            text = (
-                f"{program}, {variant} over {base}: {mean:.2f} [{low:.2f}, {high:.2f}]"
-                f", at most {bound:g} claimed"
-            )
-            half_width = (high - low) / 2
-            count = len(program_rows)
-            results.append(conclude(text, high <= bound, count, half_width, bound))
-    return results
+    claims = [
+        (
+            f"{program}, {variant} over {base}",
+            bound,
+            ratios(rows, program, variant, base),
+        )
+        for program in ESTIMATORS
+        for variant, base, bound in bounds(program)
+    ]
+    p_values = [p_value(np.log(values), np.log(bound)) for _, bound, values in claims]
+    return [
+        ratio_claim(*claim, level)
+        for claim, level in zip(claims, holm_levels(p_values), strict=True)
+    ]
+
+
+def ratios(rows: list[Row], program: str, variant: str, base: str) -> np.ndarray:
+    """Returns the seconds of a variant over those of its base, per repetition."""
+    values = [row[variant] / row[base] for row in select(rows, method=program)]
+    return np.array(values, float)
+
+
+def ratio_claim(label: str, bound: float, values: np.ndarray, level: float) -> Finding:
+    """Returns whether the interval of a ratio lies below its bound."""
+    interval = ratio_interval(values, np.ones(values.size), level=level)
+    text = (
+        f"{label}: {interval:.3f} ({100 * level:.4g}% interval), at most {bound:g} "
+        "claimed"
+    )
+    half_width = (interval.high - interval.low) / 2
+    return conclude(text, interval.high <= bound, values.size, half_width, bound)
 
 
 def body(rows: list[Row]) -> list[str]:

@@ -50,6 +50,9 @@ broke off counts as infinite, in medians too, and supports no claim.
 interval of the geometric mean over seeds lies above 1. SOBA is the first of the
 stochastic methods at its plateau, by medians of the cost to come within twice of where
 it ends, which must be ten times below where it began.
+
+*Intervals.* They are of values of the outer loss, and no test split is read, so that
+the correction for re-splits of one data set (Nadeau and Bengio 2003) does not apply.
 """
 
 import functools

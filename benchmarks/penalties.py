@@ -48,6 +48,11 @@ budget were set on seeds 100 and 101.
 The rows were made while each step of Newton's method computed a value in addition to
 its gradient, a third of a gradient-equivalent. A row that is measured again may cost
 slightly less where an estimate ends in a Newton step.
+
+Intervals are corrected for the ten claims by Holm's method. The seeds are re-splits of
+one data set: for logistic, which tests 219 tumours and learns from 350, the intervals
+are wider (Nadeau and Bengio 2003; this correction came after the run). The other
+systems test more digits than they learn from, where it does not apply.
 """
 
 import functools
@@ -63,7 +68,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad import datasets
-from hypergrad.bench import Claim, Column, Finding, MeasurementTable, Row
+from hypergrad.bench import Claim, Column, Finding, MeasurementTable, Resplits, Row
 from hypergrad.estimators import Estimator
 from hypergrad.tasks.classifier import held_out_examples
 from hypergrad.tasks.penalties import (
@@ -76,6 +81,7 @@ from hypergrad.tasks.penalties import (
 
 from .shared import task_plots
 from .shared.program import program
+from .shared.split_claims import evaluate_split_claims
 from .shared.tuning import cells_of, trace_columns, tune_and_run
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -313,6 +319,30 @@ METHODS |= {
 }
 
 
+#: Tumours to test over those to learn from. The other systems test more images than
+#: they learn from, where the correction for re-splits does not apply.
+RESPLITS = {"logistic": Resplits(test_to_train=219 / 350)}
+
+
+def findings(rows: list[Row]) -> list[Finding]:
+    """Returns how the claims on test losses end, then the checks of correctness."""
+    claims = [
+        (
+            Claim(
+                f"{system}, {method}",
+                f"{system}, baseline",
+                "test_loss",
+                lower_is_better=True,
+                as_ratio=True,
+            ),
+            RESPLITS.get(system),
+        )
+        for system in SYSTEMS
+        for method in LEARNED[system]
+    ]
+    return evaluate_split_claims(claims, rows) + correctness_findings(rows)
+
+
 def correctness_findings(rows: list[Row]) -> list[Finding]:
     """Returns whether HOAG and overfitting end where they must on every seed."""
     findings = []
@@ -344,18 +374,7 @@ table = MeasurementTable(
         Column("val_accuracy", "val accuracy %", ".1f", scale=100),
         Column("from_grid", "largest distance from grid", ".2f", use_max=True),
     ),
-    claims=tuple(
-        Claim(
-            f"{system}, {method}",
-            f"{system}, baseline",
-            "test_loss",
-            lower_is_better=True,
-            as_ratio=True,
-        )
-        for system in SYSTEMS
-        for method in LEARNED[system]
-    ),
-    findings=correctness_findings,
+    findings=findings,
     plot=task_plots.penalties,
     seeds=5,
     minutes=6,

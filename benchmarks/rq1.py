@@ -118,6 +118,10 @@ not: from a new start, its estimates report themselves as not trusted on every t
 differentiates, which for a warm row is the short one from the last `w`. Who is first is
 told by means of five seeds without an interval, and what a search needs is luck in
 part.
+
+Intervals: The targets and costs are those of the outer loss. No test split is read, so
+that the correction for re-splits of one data set (Nadeau and Bengio 2003) does not
+apply: the intervals are about further splits of these data.
 """
 
 from pathlib import Path

@@ -81,6 +81,10 @@ without a claim compare it to validation-only, set the magnitudes that were lear
 beside those of the test images, and say on how many seeds there is a certificate, with
 its errors, and why on others there is none. A last training that diverges is reported,
 and counts with the accuracy of the model in which it ends.
+
+Intervals: The seeds re-split one data set, but the 1,397 digits to test are more than
+the 400 to learn from, where the correction of Nadeau and Bengio (2003) does not apply:
+the intervals are about further splits of these digits.
 """
 
 import itertools

@@ -53,6 +53,10 @@ times: geometric mean of the ratio paired by seed, its 95% interval at or above 
 black box that is never there counting with its bound, and none where the row with
 hypergradients is not there on every seed. With 2 and 20 the lines say who is first, by
 geometric means, and by how much; nothing is claimed.
+
+Intervals: They are of costs until a value of the outer loss is reached, and not of test
+errors, so that the correction for re-splits of one data set (Nadeau and Bengio 2003)
+does not apply: they are about further splits of these digits.
 """
 
 import math

@@ -29,7 +29,9 @@ also what is learned on; no row has another setting.
 
 Claims, seeds 0 to 4: implicit and unrolled have a lower negative log-likelihood of the
 test split than the baseline of their model. The comparisons of implicit with random
-search claim nothing.
+search claim nothing. The seeds are re-splits of one data set with 133 wines to learn
+from and 45 to test, so that the intervals are wider (Nadeau and Bengio 2003; this
+correction came after the run).
 
 Rates, budget and the first centroids were set on seeds 100 and 101.
 """
@@ -48,7 +50,15 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad import datasets
-from hypergrad.bench import Cell, Claim, Column, Comparison, MeasurementTable, Row
+from hypergrad.bench import (
+    Cell,
+    Claim,
+    Column,
+    Comparison,
+    MeasurementTable,
+    Resplits,
+    Row,
+)
 from hypergrad.estimators import Estimator
 from hypergrad.tasks.task import Task
 from hypergrad.tasks.unsupervised import make, ppca_ml_noise
@@ -234,6 +244,7 @@ table = MeasurementTable(
         )
         for variant in VARIANTS
     ),
+    resplits=Resplits(test_to_train=45 / 133),
     plot=plot,
     minutes=4,
     ranked_by="-test_nll",

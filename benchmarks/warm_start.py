@@ -58,6 +58,10 @@ what is saved, the memory, and the added regret, paired by seed.
 The rows were made while each step of Newton's method computed a value in addition to
 its gradient, a third of a gradient-equivalent. A row of Implicit that is measured again
 costs slightly less.
+
+Intervals. They are of costs until a value of the outer loss is reached, and of regrets
+on one split that all seeds share, so that the correction for re-splits of one data set
+(Nadeau and Bengio 2003) does not apply.
 """
 
 import functools

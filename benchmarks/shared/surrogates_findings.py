@@ -5,15 +5,22 @@ import numpy as np
 from hypergrad.bench import (
     Finding,
     Interval,
+    Resplits,
     Row,
     difference_interval,
     mean_interval,
     select,
 )
-from hypergrad.bench.statistics import MIN_SEEDS
+from hypergrad.bench.statistics import MIN_SEEDS, holm_levels, p_value
 
 from .metric_learning import OWN_SURROGATE
 
+#: Test examples, or classes, over those to learn from, of the systems whose seeds
+#: re-split one data set with fewer of them to test.
+RESPLITS = {
+    "digits": Resplits(test_to_train=697 / 1100),
+    "retrieval": Resplits(test_to_train=3 / 7),
+}
 COMPARED = ("cross-entropy", *OWN_SURROGATE.values())
 
 
@@ -47,16 +54,22 @@ def own_surrogate_claim(rows: list[Row], task: str, metric: str) -> Finding:
     is_met = all(x.mean() >= -error(x) for x in leads.values())
     text = (
         f"o1, {task}, {metric}: {OWN_SURROGATE[metric]} minus {best}, its best rival: "
-        f"{in_points(mean_interval(leads[best]))}, at least minus one standard error "
-        "claimed"
+        f"{in_points(mean_interval(leads[best], resplits=RESPLITS.get(task)))}, at "
+        "least minus one standard error claimed"
     )
     return conclude(text, is_met, leads[best].size)
 
 
 def count_wins(rows: list[Row], task_metrics: list[tuple[str, str]]) -> Finding:
     """Returns in how many cells the own surrogate is better than each rival."""
-    leads = [leads_over_rivals(rows, *x, x[1])[1].values() for x in task_metrics]
-    num_wins = sum(all(mean_interval(x).low > 0 for x in lead) for lead in leads)
+
+    def is_won(task: str, metric: str) -> bool:
+        _, leads = leads_over_rivals(rows, task, metric, metric)
+        resplits = RESPLITS.get(task)
+        intervals = (mean_interval(x, resplits=resplits) for x in leads.values())
+        return all(interval.low > 0 for interval in intervals)
+
+    num_wins = sum(is_won(*x) for x in task_metrics)
     return Finding(
         f"a metric's own surrogate is better than each rival, by a 95% interval above "
         f"zero, in {num_wins} of {len(task_metrics)} cells"
@@ -125,22 +138,52 @@ def conclude(text: str, is_met: bool, num_seeds: int) -> Finding:
     return Finding(text, "supported" if is_met else "not supported")
 
 
-def compare_with_others(rows: list[Row], task: str, metric: str) -> Finding:
-    """Returns how the own surrogate differs from the baseline and random search."""
-    own = column(rows, task, OWN_SURROGATE[metric], metric)
+def compare_with_others(
+    rows: list[Row], task_metrics: list[tuple[str, str]]
+) -> list[Finding]:
+    """Returns how own surrogates differ from other rows, a line per task and metric.
 
-    def difference(method):
-        other = column(rows, task, method, metric)
-        interval = difference_interval(own, other)
-        relation = "level with"
-        if interval.low > 0:
-            relation = "above"
-        elif interval.high < 0:
-            relation = "below"
-        return f"{relation} {method.split(',')[0]} ({in_points(interval)})"
+    The intervals are corrected for the number of all comparisons by Holm's method.
+    """
+    differences = {
+        (task, metric, other): column(rows, task, OWN_SURROGATE[metric], metric)
+        - column(rows, task, other, metric)
+        for task, metric in task_metrics
+        for other in others_of(rows, task, metric)
+    }
+    p_values = [
+        p_value(values, resplits=RESPLITS.get(task))
+        for (task, *_), values in differences.items()
+    ]
+    levels = dict(zip(differences, holm_levels(p_values), strict=True))
+    lines = []
+    for task, metric in task_metrics:
+        keys = [(task, metric, other) for other in others_of(rows, task, metric)]
+        texts = [
+            difference_text(key[2], differences[key], levels[key], RESPLITS.get(task))
+            for key in keys
+        ]
+        text = f"{task}, {metric}: {OWN_SURROGATE[metric]} is {', '.join(texts)}"
+        lines.append(Finding(text))
+    return lines
 
+
+def others_of(rows: list[Row], task: str, metric: str) -> list[str]:
+    """Returns the rows of a task with which a metric's own surrogate is compared."""
+    labels = {row["method"] for row in select(rows, task=task)}
     others = ("baseline", "train + validation", "cross-entropy")
-    methods = {row["method"] for row in select(rows, task=task)}
-    others = [x for x in (*others, f"random search, {metric}") if x in methods]
-    differences = ", ".join(map(difference, others))
-    return Finding(f"{task}, {metric}: {OWN_SURROGATE[metric]} is {differences}")
+    return [x for x in (*others, f"random search, {metric}") if x in labels]
+
+
+def difference_text(
+    other: str, values: np.ndarray, level: float, resplits: Resplits | None
+) -> str:
+    """Returns whether differences from another row are positive, and their interval."""
+    interval = mean_interval(values, level=level, resplits=resplits)
+    relation = "level with"
+    if interval.low > 0:
+        relation = "above"
+    elif interval.high < 0:
+        relation = "below"
+    label = other.split(",")[0]
+    return f"{relation} {label} ({in_points(interval)}, {100 * level:.4g}% interval)"

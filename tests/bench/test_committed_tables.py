@@ -67,6 +67,19 @@ def test_a_table_says_what_a_reader_needs(file: Path):
         assert table.stages(table.scales[0], 1)[-1]
 
 
+RESPLIT_DATA = ("scikit-learn", "Omniglot")  # re-split by the seeds of most tables
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_seeds_that_re_split_one_data_set_are_corrected_or_the_protocol_says_why_not(
+    file: Path,
+):
+    """The splits of the seeds overlap, so that they are not independent."""
+    table = loading.load_table(file)
+    if table.seeds > 1 and any(name in table.data for name in RESPLIT_DATA):
+        assert table.resplits is not None or "Nadeau" in table.protocol
+
+
 def published_counts(file: Path) -> tuple[int, int]:
     """Returns how many published numbers are within their tolerance, of how many."""
     table = loading.load_table(file)

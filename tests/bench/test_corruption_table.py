@@ -10,7 +10,9 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import corruption
+from benchmarks.cleaning import table as cleaning_table
 from benchmarks.shared.wrong_labels import make_config
+from hypergrad.bench import mean_interval
 from hypergrad.tasks import cleaning
 
 
@@ -29,6 +31,20 @@ def test_closed_fraction_of_the_gap():
     assert "1 methods of the family close at least 60%" in claim.text
     assert claim.outcome == "not supported"
     assert len(others) == 2
+
+
+def test_closed_fractions_have_intervals_of_re_splits():
+    """They are those of `cleaning`, which has the same splits."""
+    noise = [0.0, 0.01, 0.03, 0.02, -0.01]
+    gains = {"baseline": [0.0] * 5, "oracle": [0.1] * 5, "SOBA": noise}
+    rows = [
+        {"method": method, "share": 0.5, "seed": seed, "accuracy": 0.8 + gain}
+        for method, values in gains.items()
+        for seed, gain in enumerate(values)
+    ]
+    expected = mean_interval(np.array(noise) / 0.1, resplits=cleaning_table.resplits)
+    actual = corruption.closed_fraction(rows, "SOBA", 0.5)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import first_call
 from benchmarks.shared import first_call_programs as programs
-from hypergrad.bench import Finding
+from hypergrad.bench import Finding, ratio_interval
 
 
 def rows_of(default: float, option: float = 1.0) -> list[dict]:
@@ -38,6 +38,15 @@ def test_each_ratio_has_the_bound_that_the_protocol_states():
     assert set(outcomes(rows_of(1.2, 1.06), "over default")) == {"not supported"}
     table = "\n".join(first_call.body(rows_of(1.25)))
     assert "| SOBA | 1.00 | - | 1.25 | 1.26 | 1.26 | 1.26 |" in table
+
+
+def test_intervals_are_corrected_for_the_number_of_claims():
+    """A single 95% interval below the bound is not enough for one of thirteen."""
+    rows = rows_of(1.25, 1.043)
+    ratio = first_call.ratios(rows, "SOBA", "limits", "default")
+    single = ratio_interval(ratio, np.ones(ratio.size))
+    assert single.high < first_call.MAX_OPTION_RATIO
+    assert set(outcomes(rows, "over default")) == {"not supported"}
 
 
 def test_programs_that_differ_are_an_error(monkeypatch):

@@ -1,5 +1,7 @@
 """The tables `surrogates` and `average_precision`: data, rules and claims."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from benchmarks import average_precision, surrogates
 from benchmarks.shared import joint
 from benchmarks.shared import metric_learning as learning
 from benchmarks.shared import metric_tasks as tasks
-from hypergrad.bench import Finding
+from hypergrad.bench import Finding, mean_interval
 
 # Data.
 
@@ -195,6 +197,20 @@ def test_how_many_cells_are_surely_won():
     assert "in 11 of 12 cells" in count(rows)
     (line,) = findings(rows, "digits, F1 on validation itself")
     assert "+10." in line.text or "+9." in line.text
+
+
+def test_comparisons_are_corrected_for_re_splits_and_for_their_number():
+    """The same leads on digits, whose splits overlap, and on reuters."""
+    rows = make_rows(0.1)
+    half_widths = {}
+    for task in ("reuters", "digits"):
+        (line,) = findings(rows, f"{task}, F1: ")
+        low, high = re.findall(r"\[\+([\d.]+), \+([\d.]+)\]", line.text)[0]
+        half_widths[task] = (float(high) - float(low)) / 2
+    own = surrogates.column(rows, "reuters", "sigmoid F1", "F1")
+    single = 100 * mean_interval(own).high - 100 * np.mean(own)
+    assert half_widths["reuters"] > 1.5 * single
+    assert half_widths["digits"] > 2 * half_widths["reuters"]
 
 
 def test_loops_are_compared_at_equal_cost():

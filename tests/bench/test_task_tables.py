@@ -14,7 +14,9 @@ from benchmarks import penalties as penalties_table
 from benchmarks import schedules as schedules_table
 from benchmarks import semi_supervised as semi_supervised_table
 from benchmarks.shared import architecture_cells, method_colors
+from benchmarks.shared.split_claims import evaluate_split_claims
 from benchmarks.shared.tuning import digits
+from hypergrad.bench import Claim, Resplits
 from hypergrad.bench.rows import read_rows
 from hypergrad.tasks import architecture, schedules
 from hypergrad.tasks.architecture import CELLS, OPERATIONS
@@ -108,6 +110,21 @@ def test_penalties_fail_if_one_seed_is_far_from_the_grid_or_misses_an_image():
     ]
     assert outcomes(rows) == ["FAILED", "FAILED"]
     assert outcomes(rows[::2]) == ["holds", "holds"]
+
+
+def test_claims_of_tasks_with_other_splits_are_corrected_together():
+    """Both count for Holm's method; only the first one is about re-splits."""
+    rows = [
+        {"method": label, "seed": seed, "x": gain + 0.1 * seed * gain}
+        for label, gain in (("a", 1.0), ("b", 1.0), ("baseline", 0.0))
+        for seed in range(5)
+    ]
+    make = lambda label: Claim(label, "baseline", "x", min_effect=1.15)
+    claims = [(make("a"), Resplits(test_to_train=0.5)), (make("b"), None)]
+    actual = evaluate_split_claims(claims, rows)
+    expected = [claim.evaluate(rows, 0.975, resplits) for claim, resplits in claims]
+    assert actual == expected
+    assert not evaluate_split_claims([(Claim("c", "baseline", "x"), None)], rows)
 
 
 def test_committed_semi_supervised_runs_use_at_most_their_budget():
