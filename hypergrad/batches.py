@@ -70,7 +70,7 @@ class Batches(eqx.Module):
     order: Order = eqx.field(static=True, default="iid", kw_only=True)
     shared: PyTree = eqx.field(default=None, kw_only=True)
     # Set by `at_estimate` and `at_draw`; with None a batch depends on its key alone.
-    position: PassPosition | None = None
+    position: PassPosition | None = eqx.field(default=None, init=False)
 
     def __init__(
         self,
@@ -214,6 +214,8 @@ class BatchesOfEstimate(Batches):
     """
 
     full_batch_key: Array = eqx.field(kw_only=True)
+    # Equinox admits no arrays in a field of which ``init`` is False.
+    position: PassPosition | None = None
 
     def __init__(self, batches: Batches, full_batch_key: Array):
         super().__init__(

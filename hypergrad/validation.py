@@ -208,7 +208,11 @@ def to_arrays(data: PyTree) -> PyTree:
 
 def _check_integers_fit(name: str, leaf: Any, dtype: np.dtype) -> None:
     """Raises an error if the integers of an array would wrap around in a dtype."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return
     leaf_dtype = getattr(leaf, "dtype", dtype)
+    if not isinstance(leaf_dtype, np.dtype):  # of another library, such as torch
+        leaf_dtype = np.asarray(leaf).dtype
     if leaf_dtype.kind not in "iu" or leaf_dtype.itemsize <= dtype.itemsize:
         return
     limits, numbers = jnp.iinfo(dtype), np.asarray(leaf)

@@ -1,5 +1,6 @@
 """Tests of data sets and of the batches that losses see."""
 
+import dataclasses
 import warnings
 
 import chex
@@ -36,6 +37,48 @@ def test_take_returns_the_examples_at_the_indices():
     batch = hg.Batches(DATA, 2).take(jnp.array([4, 0, 4]))
     np.testing.assert_array_equal(batch["x"], DATA["x"][[4, 0, 4]])
     np.testing.assert_array_equal(batch["y"], [4, 0, 4])
+
+
+@pytest.mark.parametrize("batch_size", [5, None])
+def test_a_field_of_batches_can_be_replaced(batch_size):
+    batches = dataclasses.replace(
+        hg.Batches(DATA, 2, order="epoch"), batch_size=batch_size
+    )
+    chex.assert_trees_all_equal(batches, hg.Batches(DATA, batch_size, order="epoch"))
+
+
+class Tensor:
+    """An array of a library with dtypes of its own, as torch has them."""
+
+    dtype = "torch.int64"
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_arrays_of_other_libraries_are_data():
+    """Their integers are checked like those of NumPy."""
+    np.testing.assert_array_equal(hg.Batches(Tensor([2, 3]), 1).data, [2, 3])
+    with enable_x64(False), pytest.raises(ValueError, match="cannot hold"):
+        hg.Batches(Tensor([2**40, 3]), 1)
+
+
+def test_examples_may_have_keys_of_their_own():
+    """A batch holds the keys of its examples, such as seeds of their noise."""
+    keys = jax.random.split(KEY, 6)
+
+    def noisy(w, alpha, batch):
+        noise = jax.vmap(jax.random.normal)(batch[1])
+        return 0.5 * jnp.mean((w - alpha - noise) ** 2)
+
+    data = hg.Batches((DATA["x"], keys), 3)
+    problem = hg.Bilevel(noisy, outer_loss, data)
+    soba = hg.SOBA(optax.sgd(0.1))
+    trace = hg.minimize(problem, soba, optax.sgd(0.1), 0.5, 1.0, num_steps=2)
+    assert jnp.isfinite(trace.alpha)
 
 
 def test_full_batch_is_the_data_whatever_the_batch_size():

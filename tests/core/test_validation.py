@@ -72,6 +72,30 @@ def test_argmin_takes_a_key_in_alpha():
     assert jnp.allclose(jax.jacfwd(fn)(2.0), expected, rtol=1e-9)
 
 
+KEYED_DATA = {
+    "key": lambda key: key,
+    "leaf": lambda key: {"scale": jnp.ones(()), "key": key},
+}
+
+
+@pytest.mark.parametrize("name", KEYED_DATA)
+def test_a_key_is_a_leaf_of_data(name):
+    """The noise of a loss may have its key from ``data_fn``."""
+    make_data = KEYED_DATA[name]
+
+    def inner_loss(w, alpha, batch):
+        key = batch["key"] if isinstance(batch, dict) else batch
+        return (w - alpha - jax.random.normal(key)) ** 2
+
+    problem = hg.Bilevel(
+        inner_loss,
+        lambda w, alpha, batch: w**2,
+        data_fn=lambda key: (make_data(key), make_data(key)),
+    )
+    estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 1.0)
+    assert estimate.hypergradient == pytest.approx(2 * estimate.w)
+
+
 class TrainState:
     """What flax makes of a model and its optimizer."""
 

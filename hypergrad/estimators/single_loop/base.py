@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
@@ -13,10 +14,11 @@ from jaxtyping import Array, PyTree
 from ...batches import batch_fraction, is_keyed, sample_in_pass
 from ...certificate import NO_GRADIENT_ADVICE
 from ...cost import cost_stats
+from ...inner.descent import LINE_SEARCH_STATES, contains_state
 from ...problem import Bilevel, EstimateData
 from ...problem_checks import check_alpha_has_gradient, check_problem
-from ...trees import norm
-from ...validation import check_optimizer
+from ...trees import norm, norm_ratio
+from ...validation import check_optimizer, raise_with_context
 from ..base import Estimate, make_estimate
 
 
@@ -79,7 +81,8 @@ class SingleLoop(eqx.Module):
     ``v``; without one, or if it is None, ``optimizer`` moves both.
 
     Args:
-      optimizer: Optax transformation that moves ``w``.
+      optimizer: Optax transformation that moves ``w``. It must need the gradient alone,
+        and not the loss, because the method does not evaluate the inner loss.
 
     Attributes:
       uses_adjoint: Whether the state has an adjoint ``v``. Defaults to False.
@@ -188,8 +191,10 @@ class SingleLoop(eqx.Module):
         """Returns the first state: the inner starting point and a zero adjoint.
 
         Raises:
+          TypeError: An optimizer needs more than the gradient, such as the loss.
           ValueError: The problem has several outer losses, samples data anew for a
-            method that needs fixed data, or has a leaf of ``alpha`` that no loss uses.
+            method that needs fixed data, or has a leaf of ``alpha`` that no loss uses,
+            or an optimizer has a line search.
         """
         del key
         name = type(self).__name__
@@ -204,6 +209,9 @@ class SingleLoop(eqx.Module):
         # A leaf of alpha that no loss uses would get a zero, not its derivative.
         check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
         w = problem.init_inner(w, alpha)
+        _check_update("optimizer", self.optimizer, w)
+        if self.v_optimizer is not self.optimizer:
+            _check_update("adjoint_optimizer", self.v_optimizer, w)
         state = SingleLoopState(w, self.optimizer.init(w))
         if self.uses_adjoint:
             v = optax.tree.zeros_like(w)
@@ -218,11 +226,8 @@ class SingleLoop(eqx.Module):
         step, state = self.step(problem, state, alpha, data)
         stats = cost_stats(data.inner_data, data.outer_data, **step.counts)
         if step.residual is not None:
-            residual_norm = norm(step.residual)
             # Where M does not depend on w, b = 0 and the adjoint v = 0 is exact.
-            stats["adjoint_residual"] = jnp.where(
-                residual_norm == 0, 0.0, residual_norm / norm(step.b)
-            )
+            stats["adjoint_residual"] = norm_ratio(step.residual, step.b)
         estimate = make_estimate(
             step.value,
             step.direction,
@@ -278,6 +283,27 @@ def value_at_step(value_or_schedule: Array | float | Callable, step: Array) -> A
         value_or_schedule(step) if callable(value_or_schedule) else value_or_schedule
     )
     return jnp.asarray(value, dtype=float)
+
+
+def _check_update(
+    name: str, optimizer: optax.GradientTransformation, w: PyTree
+) -> None:
+    """Raises an error unless an optimizer needs no more than the gradient."""
+    state = jax.eval_shape(optimizer.init, w)
+    remedy = "Use e.g. optax.sgd(0.1) or optax.adam(0.1)."
+    if contains_state(state, LINE_SEARCH_STATES):
+        raise ValueError(
+            f"{name} must not use a line search, because a single-loop method does not "
+            f"evaluate the inner loss. {remedy}"
+        )
+    try:
+        jax.eval_shape(optimizer.update, w, state, w)
+    except Exception as error:
+        raise_with_context(
+            error,
+            f"{name} must need the gradient alone, because a single-loop method does "
+            f"not evaluate the inner loss. {remedy}",
+        )
 
 
 def _check_fixed_data(problem: Bilevel, reason: str | None) -> None:

@@ -32,7 +32,7 @@ class BOME(SingleLoop):
       step_size: Step size of the gradient descent.
       eta: Rate of the barrier, in (0, 1]. Defaults to 0.5.
 
-    Cost: ``m + 2`` gradients and one outer gradient on a batch each; no Hessian-vector
+    Cost: ``m + 1`` gradients and one outer gradient on a batch each; no Hessian-vector
       product.
     Memory: three vectors like ``w``.
     Bias: the lag of ``w`` behind ``alpha``. The direction for ``alpha`` estimates the
@@ -64,7 +64,7 @@ class BOME(SingleLoop):
     summary = (
         MethodSummary(
             "BOME(optimizer, m)",
-            num_grads="m + 2",
+            num_grads="m + 1",
             num_hvps="0",
             memory="3 w and the optimizer's",
             bias="what w lags behind",
@@ -92,13 +92,14 @@ class BOME(SingleLoop):
         inner_grads = jax.grad(inner_loss, argnums=(0, 1))
 
         # w_m: m steps of gradient descent from w
+        w_grad, alpha_grad = inner_grads(w, alpha, batch)
+        w_1 = add_scale(w, -self.step_size, w_grad)
         descend = lambda _, w: add_scale(
             w, -self.step_size, inner_grads(w, alpha, batch)[0]
         )
-        w_m = jax.lax.fori_loop(0, self.num_steps, descend, w)
+        w_m = jax.lax.fori_loop(1, self.num_steps, descend, w_1)
 
         # grad q = (dL/dw(w), dL/dalpha(w) - dL/dalpha(w_m))
-        w_grad, alpha_grad = inner_grads(w, alpha, batch)
         _, alpha_grad_m = inner_grads(w_m, alpha, batch)
         grad_q = w_grad, optax.tree.sub(alpha_grad, alpha_grad_m)
         value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
@@ -114,7 +115,7 @@ class BOME(SingleLoop):
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {
-            "num_grads": inner_fraction * (self.num_steps + 2),
+            "num_grads": inner_fraction * (self.num_steps + 1),
             "num_outer_grads": outer_fraction,
         }
         step = Step(value, direction, w, w_grad, counts)

@@ -16,8 +16,8 @@ from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...problem_checks import check_on_shapes, names_without_gradient
 from ...runtime.all_cores import loss_on_all_cores
-from ...trees import add_scale, norm, scale
-from ...validation import positive
+from ...trees import add_scale, safe_norm, scale, widen
+from ...validation import positive, raise_with_context
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 
 
@@ -35,6 +35,9 @@ class DARTS(SingleLoop):
     not move (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first. The
     ``value`` of a second-order step is that of the virtual ``w'``, and not of ``w``.
 
+    In bfloat16 and float16, ``w + epsilon b`` would often round to ``w``. The inner
+    loss is therefore evaluated with ``w+``, ``w-`` and ``alpha`` in float32 at least.
+
     Args:
       optimizer: Optax transformation for ``w``.
       step_size: Size of the virtual step; the paper uses the rate of ``w``. Defaults to
@@ -48,6 +51,8 @@ class DARTS(SingleLoop):
 
     Raises:
       TypeError: `hypergradient` raises it, because one step is not an estimate.
+      TypeError: With ``step_size``, the inner loss fails if leaves of ``w`` and
+        ``alpha`` that are shorter than float32 are passed in float32.
       ValueError: ``step_size`` is None and the outer loss does not depend on a leaf of
         ``alpha``, whose direction would always be zero.
 
@@ -94,11 +99,12 @@ class DARTS(SingleLoop):
         """Returns 0, the number of outer steps made.
 
         Raises:
+          TypeError: The inner loss does not accept in float32 what is shorter.
           ValueError: The direction of first order is zero in a leaf of ``alpha``,
             because the outer loss does not depend on it.
         """
-        if self.step_size is None:
-            check_on_shapes(_check_direct_term, problem, state.w, alpha)
+        check = _check_direct_term if self.step_size is None else _check_wide_loss
+        check_on_shapes(check, problem, state.w, alpha)
         return jnp.asarray(0)
 
     def step(
@@ -131,10 +137,11 @@ class DARTS(SingleLoop):
                 virtual_w, alpha, outer_batch
             )
             # (dL/dalpha(w + epsilon b) - dL/dalpha(w - epsilon b)) / (2 epsilon)
-            b_norm = norm(b)
+            b_norm = safe_norm(b)
             epsilon = 0.01 / jnp.where(b_norm > 0, b_norm, 1)
+            wide_w, wide_alpha = widen((w, alpha))
             plus, minus = (
-                inner_grads(add_scale(w, sign * epsilon, b), alpha, batch)[1]
+                inner_grads(add_scale(wide_w, sign * epsilon, b), wide_alpha, batch)[1]
                 for sign in (1, -1)
             )
             difference = scale(0.5 / epsilon, optax.tree.sub(plus, minus))
@@ -162,4 +169,18 @@ def _check_direct_term(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
         raise ValueError(
             f"step_size must be given: the outer loss does not depend on {unused}, so "
             "that the direction of first order is zero there."
+        )
+
+
+def _check_wide_loss(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
+    """Raises an error unless the inner loss accepts short leaves in float32."""
+    (_, inner_loss, batch), _ = losses_with_batches(problem)
+    try:
+        jax.eval_shape(inner_loss, *widen((w, alpha)), batch)
+    except Exception as error:
+        raise_with_context(
+            error,
+            "It was raised in inner_loss, which DARTS of second order evaluates with "
+            "w in float32, because differences of shorter numbers are inaccurate. "
+            "Pass w and alpha in float32, and cast them in the loss if need be.",
         )

@@ -5,6 +5,7 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, PyTree
 
 from ...batches import at_draw, without_sampling
@@ -34,9 +35,10 @@ class VRBO(SingleLoop):
     takes the first difference between the two ``alpha`` at the same ``w``, and so
     leaves out that step of ``w``.
 
-    The ``value`` and ``w`` of a step are those after its last step of ``w``, and the
-    direction of ``alpha`` is that before it. One more evaluation, after the last step,
-    would give the direction at the last ``w``, at the cost of another inner step.
+    The ``w`` of a step is that after its last step of ``w``; the direction of ``alpha``
+    and the ``value``, on one batch or on all data like the direction, are those before
+    it. One more evaluation, after the last step, would give both at the last ``w``, at
+    the cost of another inner step.
 
     Args:
       optimizer: Optax transformation for ``w``.
@@ -48,7 +50,7 @@ class VRBO(SingleLoop):
 
     Cost: ``2 m`` gradients, ``2 m K`` Hessian-vector products (the cross term counts as
       one) and ``2 m`` outer gradients on a batch each; 1, K and 1 on all data every
-      ``period`` steps; one outer value on all data.
+      ``period`` steps.
     Memory: five vectors like ``w``.
     Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
       of the adjoint along each eigenvector of ``H``. Target: argmin.
@@ -126,15 +128,17 @@ class VRBO(SingleLoop):
         num_outer_steps = state.memory.num_steps
         has_alpha_moved = num_outer_steps > 0
         is_full_pass = num_outer_steps % self.period == 0
-        identity = lambda state: state
-        inner_steps = lambda state: self._run_recursion(problem, state, alpha, data)
+        skip = lambda state, value: (state, value)
+        inner_steps = lambda state, _: self._run_recursion(problem, state, alpha, data)
+        full_pass = lambda state, _: self._use_all_data(problem, state, alpha, data)
+        # The first step has no value before its full pass.
+        outer_value = lambda: problem.outer_value(state.w, alpha, data.outer_batch())
+        value = optax.tree.zeros_like(jax.eval_shape(outer_value))
         # Without a step of alpha, the differences of the recursion would be zero.
-        state = jax.lax.cond(has_alpha_moved, inner_steps, identity, state)
-        full_pass = lambda state: self._use_all_data(problem, state, alpha, data)
-        state = jax.lax.cond(is_full_pass, full_pass, identity, state)
+        state, value = jax.lax.cond(has_alpha_moved, inner_steps, skip, state, value)
+        state, value = jax.lax.cond(is_full_pass, full_pass, skip, state, value)
 
         w_direction, direction = state.memory.directions
-        value = problem.outer_value(state.w, alpha, data.outer_batch())
         inner_fraction, outer_fraction = batch_fractions(data)
         # Each inner step evaluates the directions at two points.
         num_evaluations = jnp.where(has_alpha_moved, 2.0 * self.num_steps, 0.0)
@@ -144,7 +148,6 @@ class VRBO(SingleLoop):
             # K - 1 products of the series and the cross term.
             "num_hvps": self.num_terms * num_inner_passes,
             "num_outer_grads": num_evaluations * outer_fraction + is_full_pass,
-            "num_outer_values": 1.0,
         }
         num_inner_steps = jnp.where(has_alpha_moved, self.num_steps, 0)
         step = Step(
@@ -164,8 +167,12 @@ class VRBO(SingleLoop):
         state: SingleLoopState,
         alpha: PyTree,
         data: EstimateData,
-    ) -> SingleLoopState:
-        """Makes the inner steps along recursive estimates (SARAH)."""
+    ) -> tuple[SingleLoopState, Array]:
+        """Makes the inner steps along recursive estimates (SARAH).
+
+        Returns:
+          The state after the steps, and the outer value on the last batch.
+        """
 
         def body_fun(state, key_and_index):
             key, k = key_and_index
@@ -186,10 +193,13 @@ class VRBO(SingleLoop):
             )
             memory = StormState(directions, point, memory.num_steps)
             # w <- w - rho d
-            return replace(self.move_w(state, directions[0]), memory=memory), None
+            state = replace(self.move_w(state, directions[0]), memory=memory)
+            return state, new.value
 
         keys = jax.random.split(data.solver_key, self.num_steps)
-        return jax.lax.scan(body_fun, state, (keys, jnp.arange(self.num_steps)))[0]
+        indices = jnp.arange(self.num_steps)
+        state, values = jax.lax.scan(body_fun, state, (keys, indices))
+        return state, values[-1]
 
     def _use_all_data(
         self,
@@ -197,8 +207,8 @@ class VRBO(SingleLoop):
         state: SingleLoopState,
         alpha: PyTree,
         data: EstimateData,
-    ) -> SingleLoopState:
-        """Replaces both directions by those on all data."""
+    ) -> tuple[SingleLoopState, Array]:
+        """Replaces both directions by those on all data, and returns the value."""
         all_data = replace(
             data,
             inner_data=without_sampling(data.inner_data),
@@ -207,4 +217,4 @@ class VRBO(SingleLoop):
         point = state.w, alpha
         (new,) = evaluate_batch(problem, self.series, (point,), all_data)
         memory = StormState(new.directions, point, state.memory.num_steps)
-        return replace(state, memory=memory)
+        return replace(state, memory=memory), new.value
