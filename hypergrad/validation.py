@@ -375,12 +375,17 @@ def float_converter(name: str, *, optional: bool = True) -> Callable[[Any], Any]
 
 def positive(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
     """Returns a converter for a field that holds a number above 0."""
-    return _range_converter(name, "above 0", lambda x: x > 0, optional=optional)
+    return _range_converter(name, "above 0", lambda x: x > 0, optional)
 
 
-def non_negative(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
-    """Returns a converter for a field that holds a number of at least 0."""
-    return _range_converter(name, "at least 0", lambda x: x >= 0, optional=optional)
+def non_negative(
+    name: str, *, optional: bool = False, allow_array: bool = False
+) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number of at least 0.
+
+    With ``allow_array`` it may hold an array of such numbers.
+    """
+    return _range_converter(name, "at least 0", lambda x: x >= 0, optional, allow_array)
 
 
 def in_unit_interval(name: str) -> Callable[[Any], Any]:
@@ -407,13 +412,16 @@ def _range_converter(
     name: str,
     requirement: str,
     is_within: Callable[[np.ndarray], Any],
-    *,
     optional: bool = False,
+    allow_array: bool = False,
 ) -> Callable[[Any], Any]:
     to_number = float_converter(name, optional=optional)
 
     def convert(value: Any) -> Any:
         value = to_number(value)
+        shape = np.shape(value)
+        if shape and not allow_array:
+            raise ValueError(f"{name} must be a single number; got shape {shape}.")
         is_concrete = value is not None and not isinstance(value, Tracer)
         if is_concrete and not np.all(is_within(np.asarray(value))):
             raise ValueError(f"{name} must be {requirement}; got {value!r}.")

@@ -255,7 +255,9 @@ class SelectiveRisk(Surrogate):
     0.333
     """
 
-    min_confidence: ArrayLike = eqx.field(converter=non_negative("min_confidence"))
+    min_confidence: ArrayLike = eqx.field(
+        converter=non_negative("min_confidence", allow_array=True)
+    )
     threshold: ArrayLike = 0.0
 
     check_inputs = staticmethod(class_examples)
@@ -307,7 +309,9 @@ class Coverage(Surrogate):
     0.75
     """
 
-    min_confidence: ArrayLike = eqx.field(converter=non_negative("min_confidence"))
+    min_confidence: ArrayLike = eqx.field(
+        converter=non_negative("min_confidence", allow_array=True)
+    )
     threshold: ArrayLike = 0.0
 
     check_inputs = staticmethod(class_examples)

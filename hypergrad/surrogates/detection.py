@@ -172,7 +172,9 @@ class DetectionAP(RankingSurrogate):
     (0.4167, 0.4167)
     """
 
-    num_true: ArrayLike = eqx.field(converter=non_negative("num_true"))
+    num_true: ArrayLike = eqx.field(
+        converter=non_negative("num_true", allow_array=True)
+    )
     num_points: int | None = eqx.field(static=True, default=None)
 
     citations = ("everingham2010", "lin2014", "blondel2020")
