@@ -27,7 +27,7 @@ class GradTolerance(NamedTuple):
     parameter does not hide the gradient of another one.
 
     Attributes:
-      tolerance: t, ``eps^(3/4)`` of the dtype by default.
+      tolerance: t, ``eps^(3/4)`` of the coarsest dtype of ``w`` by default.
       init_norm: ``||g_0||``.
       change: ``c``, structured like ``w``.
       num_grads: Number of gradients that ``c`` took: 0 if the start is zero, else 1.
@@ -59,16 +59,18 @@ def make_grad_tolerance(
     """Returns the tolerance of a run that starts at ``w``.
 
     Args:
-      tolerance: Relative tolerance. None stands for ``eps^(3/4)`` of the dtype.
+      tolerance: Relative tolerance. None stands for ``eps^(3/4)`` of the coarsest dtype
+        of ``w``.
       grad_fn: ``w -> dL/dw``.
       w: Starting point.
       grad: Gradient at the starting point.
     """
     init_norm = safe_norm(grad)
-    if tolerance is None:
-        tolerance = float(jnp.finfo(init_norm.dtype).eps) ** 0.75
     epsilons = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(w)]
-    h = max(epsilons, default=1.0) ** 0.5
+    coarsest_eps = max(epsilons, default=1.0)
+    if tolerance is None:
+        tolerance = coarsest_eps**0.75
+    h = coarsest_eps**0.5
     starts_at_zero = is_zero(w)
     # |H w| = |g(w + h w) - g(w)| / h
     new_grad = apply_unless(starts_at_zero, lambda _: grad_fn(add_scale(w, h, w)), grad)

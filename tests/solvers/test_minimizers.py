@@ -371,6 +371,26 @@ def test_a_solve_states_whether_it_met_its_tolerance(solver):
 
 
 @every_solver
+@pytest.mark.parametrize("other_dtype", ["bfloat16", "float32"])
+def test_a_solve_in_bfloat16_converges_to_its_precision(other_dtype, solver):
+    """The default tolerance is that of the coarsest dtype of ``w``."""
+    w = {"a": jnp.zeros(3, "bfloat16"), "b": jnp.zeros(3, other_dtype)}
+    target = jnp.array([0.3, 0.7, 1.9], "float32")
+    curvature = jnp.array([1.0, 2.0, 5.0], "float32")
+    loss = lambda w, alpha, batch: sum(
+        jnp.sum(curvature * (leaf.astype("float32") - target) ** 2)
+        for leaf in jax.tree.leaves(w)
+    )
+    new_w, stats = solve(solver, loss, w, None)
+    tol = float(jnp.finfo("bfloat16").eps) ** 0.75
+    ratio = optax.tree.norm(jax.grad(loss)(new_w, None, None)) / optax.tree.norm(
+        jax.grad(loss)(w, None, None)
+    )
+    assert ratio <= tol
+    assert stats["converged"] == 1
+
+
+@every_solver
 def test_a_point_without_a_finite_gradient_is_not_converged(solver):
     """``sqrt(w^2)`` has the derivative 0 / 0 at its minimum, which a step may reach."""
     root = lambda w, alpha, batch: jnp.sqrt(w**2)
