@@ -25,10 +25,11 @@ from ..implicit_diff import (
     safeguarded_newton_steps,
 )
 from ..inner.base import InnerStats, grads_per_step, inner_stats, step_fraction
+from ..inner.stopping import make_grad_tolerance
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
 from ..problem import Bilevel, EstimateData
-from ..trees import all_finite, max_machine_eps, safe_norm
+from ..trees import all_finite, apply_unless, max_machine_eps, safe_norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
 MAX_ROUNDS = 8
@@ -106,15 +107,20 @@ class AdaptiveSolve(eqx.Module):
 
         Args:
           w, adjoint, duals: Where the first solves start.
-          grad_tol: ``init_grad_tol`` of the previous estimate. NaN stands for a
-            tolerance relative to the gradient at ``w``.
+          grad_tol: ``init_grad_tol`` of the previous estimate. NaN stands for the
+            default of `_init_grad_tol`.
         """
 
         def cond_fun(state):
-            is_met = state.error <= self.rtol
             is_adjoint_dominant = state.adjoint_error > state.inner_error
             has_steps_left = self.has_steps_left(state.counts)
-            can_continue = state.has_moved | is_adjoint_dominant | has_steps_left
+            # Inner steps may leave a maximum or a saddle at which no step was made.
+            is_saddle = state.linear_stats["negative_curvature"] & has_steps_left
+            is_saddle &= state.counts["num_steps"] == 0
+            is_saddle &= self.grad_norm(state.inner_grad) > state.grad_tol
+            is_met = (state.error <= self.rtol) & ~is_saddle
+            can_move = state.has_moved & (self.estimator.num_newton_steps > 0)
+            can_continue = can_move | is_adjoint_dominant | has_steps_left
             is_finite = all_finite(state.differentiation.result.hypergradient)
             return (state.num_rounds < MAX_ROUNDS) & ~is_met & can_continue & is_finite
 
@@ -136,8 +142,7 @@ class AdaptiveSolve(eqx.Module):
             )
             carry = w, ()
         inner_grad = self.inner_grad(w)
-        default_tol = self.pre_newton_tol * self.grad_norm(inner_grad)
-        grad_tol = jnp.where(jnp.isnan(grad_tol), default_tol, grad_tol)
+        grad_tol, num_unit_grads = self._init_grad_tol(w, inner_grad, grad_tol)
         # The first round computes everything else of the adjoint.
         adjoint_rtol = self.rtol / ADJOINT_FACTOR
         solve = lambda: self.solve_adjoint(w, adjoint, duals, adjoint_rtol)
@@ -149,7 +154,7 @@ class AdaptiveSolve(eqx.Module):
         return AdaptiveState(
             carry=carry,
             differentiation=empty._replace(result=result, duals=duals),
-            counts=add_counts(counts, num_grads=1)
+            counts=add_counts(counts, num_grads=1 + num_unit_grads)
             | {"num_outer_grads": jnp.asarray(0.0)},
             linear_stats=jax.tree.map(jnp.asarray, EMPTY_LINEAR_STATS),
             grad_tol=grad_tol,
@@ -174,11 +179,12 @@ class AdaptiveSolve(eqx.Module):
         differentiation = self.solve_adjoint(
             w, previous.result.adjoint, previous.duals, state.adjoint_rtol
         )
-        inner_error = differentiation.error.inner_error
-        adjoint_error = differentiation.error.adjoint_error
+        error = differentiation.error
         linear_stats = self.merge_stats(linear_stats, differentiation)
-        grad_tol = self._next_grad_tol(state, grad_norm, inner_error)
-        rtol_factor = jnp.clip(self.rtol / (4 * adjoint_error), 1e-2, 1.0)
+        grad_tol = self._next_grad_tol(
+            state, counts, linear_stats, grad_norm, error.inner_error
+        )
+        rtol_factor = jnp.clip(self.rtol / (4 * error.adjoint_error), 1e-2, 1.0)
         is_first = state.num_rounds == 0
         return AdaptiveState(
             carry=carry,
@@ -188,11 +194,32 @@ class AdaptiveSolve(eqx.Module):
             grad_tol=grad_tol,
             init_grad_tol=jnp.where(is_first, grad_tol, state.init_grad_tol),
             adjoint_rtol=state.adjoint_rtol * rtol_factor,
-            inner_error=inner_error,
-            adjoint_error=adjoint_error,
+            inner_error=error.inner_error,
+            adjoint_error=error.adjoint_error,
             has_moved=has_moved(w, state.carry[0]),
             num_rounds=state.num_rounds + 1,
         )
+
+    def _init_grad_tol(
+        self, w: PyTree, inner_grad: PyTree, grad_tol: Scalar
+    ) -> tuple[Scalar, Scalar | float]:
+        """Returns the gradient norm at which the first inner steps stop, and its cost.
+
+        Unless ``grad_tol`` is positive, the norm is relative to that at ``w``. If ``w``
+        already meets `GradTolerance`, it is relative to the unit of that tolerance.
+        """
+
+        def find_default(_):
+            grad_fn = lambda w: self.scaling.multiply(self.inner_grad(w))
+            grad = self.scaling.multiply(inner_grad)
+            scale = make_grad_tolerance(self.pre_newton_tol, grad_fn, w, grad)
+            norm = jnp.where(scale.is_met(grad), scale.unit, scale.init_norm)
+            default_tol = (self.pre_newton_tol * norm).astype(grad_tol.dtype)
+            return default_tol, scale.num_grads.astype(float)
+
+        if not is_iterative(self.solver):
+            return self.pre_newton_tol * self.grad_norm(inner_grad), 0.0
+        return apply_unless(grad_tol > 0, find_default, (grad_tol, jnp.asarray(0.0)))
 
     # The parts of a round.
 
@@ -232,22 +259,34 @@ class AdaptiveSolve(eqx.Module):
         )
         counts = add_counts(counts, num_grads=num_newton_steps)
         # Reset the optimizer state: old momentum would undo the Newton correction.
-        is_restarted = is_iterative(self.solver)
-        carry = self.init_carry(w) if is_restarted else (w, ())
+        carry = self.init_carry(w) if is_iterative(self.solver) else (w, ())
         return carry, linear_stats, counts
 
     def _next_grad_tol(
-        self, state: AdaptiveState, grad_norm: Scalar, inner_error: Scalar
+        self,
+        state: AdaptiveState,
+        counts: InnerStats,
+        linear_stats: LinearStats,
+        grad_norm: Scalar,
+        inner_error: Scalar,
     ) -> Scalar:
         """Returns the gradient norm from which the next round should suffice.
 
-        ``grad_norm`` is ``||S dL/dw||`` before the Newton steps of the round.
+        ``state`` is that before the round, ``counts`` and ``linear_stats`` are those
+        after it, and ``grad_norm`` is ``||S dL/dw||`` before its Newton steps.
         """
         # k Newton steps reduce an error e to O(e^(2^k)); aim at 2/3 of the tolerance.
         order = 2**self.estimator.num_newton_steps
         tol_factor = (self.rtol / (1.5 * inner_error)) ** (1 / order)
         max_tol = jnp.maximum(MAX_TOL_CHANGE * grad_norm, state.grad_tol)
-        return jnp.clip(grad_norm * tol_factor, grad_norm / MAX_TOL_CHANGE, max_tol)
+        # A round without inner steps does not test a larger tolerance.
+        default_tol = self.pre_newton_tol * grad_norm
+        untested_tol = jnp.where(inner_error <= self.rtol, state.grad_tol, default_tol)
+        has_steps = counts["num_steps"] > state.counts["num_steps"]
+        min_tol = jnp.where(has_steps, grad_norm / MAX_TOL_CHANGE, untested_tol)
+        tol = jnp.clip(grad_norm * tol_factor, min_tol, max_tol)
+        is_stuck = ~has_steps & linear_stats["negative_curvature"]
+        return jnp.where(is_stuck, default_tol, tol)
 
     def run_inner_steps(
         self, carry: PyTree, inner_grad: PyTree, grad_tol: Scalar, counts: InnerStats
@@ -338,8 +377,7 @@ class AdaptiveSolve(eqx.Module):
         """
         if not uses_scaled_cg(self.estimator):
             return jnp.asarray(0.0)
-        w_norm = safe_norm(self.scaling.divide(w))
-        eps = max_machine_eps(w)
+        eps, w_norm = max_machine_eps(w), safe_norm(self.scaling.divide(w))
         return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)
 
     # Quantities that do not change between rounds.

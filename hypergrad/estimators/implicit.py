@@ -131,9 +131,9 @@ class Implicit(eqx.Module):
       products more. Where its part (2) is between 1e-4 and 1e-2 and decides, it is
       confirmed by two solves to 1e-3 and a third outer gradient. `MINRES` without an
       error estimate, and `CG` or `MINRES` with ``damping`` or ``hvp_fn``, find a
-      scaling of their own in each estimate, by eight products. With ``rtol``: a full
-      gradient for every ten of inner steps, and an adjoint solve with its error in each
-      round. With ``certify``: two Newton steps with an adjoint solve each, and a probe.
+      scaling of their own in each estimate, by eight products. With ``rtol``: up to two
+      full gradients and one for every ten of inner steps, and an adjoint solve with its
+      error per round. With ``certify``: two Newton and adjoint solves, and a probe.
     Memory:
       About 25 vectors like ``w`` with the default `CG` and the error estimate,
       whatever the number of inner steps.

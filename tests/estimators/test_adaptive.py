@@ -257,6 +257,50 @@ def test_new_numbers_compile_nothing():
     assert estimate._cache_size() == num_programs
 
 
+# Ridge regression whose solution is linear in alpha, and is zero for alpha = 0.
+
+SCALED_X = jax.random.normal(jax.random.key(0), (50, 10))
+SCALED_Y = SCALED_X @ jnp.arange(10.0)
+
+
+def scaled_inner(w, alpha, batch):
+    residual = SCALED_X @ w - alpha * SCALED_Y
+    return 0.5 * jnp.mean(residual**2) + 0.05 * jnp.sum(w**2)
+
+
+SCALED_PROBLEM = hg.Bilevel(
+    scaled_inner, lambda w, alpha, batch: jnp.mean((SCALED_X @ w - SCALED_Y) ** 2)
+)
+
+
+def scaled_solution(alpha):
+    matrix = SCALED_X.T @ SCALED_X / 50 + 0.1 * jnp.eye(10)
+    return jnp.linalg.solve(matrix, SCALED_X.T @ (alpha * SCALED_Y) / 50)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.0])
+def test_a_start_at_the_argmin_takes_no_more_steps_than_a_far_start(alpha):
+    """The gradient at the start is rounding, or zero, which is no scale for others."""
+
+    def num_steps(w):
+        trace = hg.minimize(
+            SCALED_PROBLEM, hg.Implicit(hg.Descent(sgd(0.2), 2000), rtol=1e-3),
+            optax.adam(0.02), w, jnp.asarray(alpha), num_steps=5,
+        )  # fmt: skip
+        assert np.all(trace.stats["trusted"])
+        return np.sum(trace.stats["num_inner_steps"])
+
+    assert num_steps(scaled_solution(alpha)) <= num_steps(jnp.full(10, 10.0))
+
+
+def test_no_round_repeats_a_solve_that_cannot_change():
+    """The steps are used up after the first round, whose adjoint is accurate."""
+    estimator = hg.Implicit(hg.Descent(sgd(0.2), 5), rtol=1e-3)
+    result = run_estimator(SCALED_PROBLEM, estimator, jnp.zeros(10), jnp.asarray(0.5))
+    assert failed_checks(result) == {"inner_error"}
+    assert result.stats["num_outer_grads"] == 2  # of one round
+
+
 # Other configurations.
 
 NESTED = quadratic("nested", seed=1)
@@ -501,6 +545,22 @@ def test_maximum_is_not_trusted_but_a_start_beside_it_is():
     beside = run_double_well(1.1)
     assert beside.trusted
     np.testing.assert_allclose(beside.w, 2.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("num_newton_steps", [0, 1])
+def test_a_start_beside_a_saddle_is_left(num_newton_steps):
+    """The gradient is small there, and the outer loss ignores the flat direction."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (
+            0.5 * (w[0] - alpha) ** 2 + 0.25 * w[1] ** 4 - 0.5 * w[1] ** 2
+        ),
+        lambda w, alpha, batch: w[0] ** 2 + 0 * w[1],
+    )
+    solver = hg.Descent(sgd(0.1), 500)
+    estimator = hg.Implicit(solver, num_newton_steps=num_newton_steps, rtol=1e-2)
+    result = run_estimator(problem, estimator, jnp.array([1.0, 5e-3]), jnp.asarray(1.0))
+    assert result.trusted
+    np.testing.assert_allclose(result.w, 1.0, rtol=1e-1)
 
 
 def test_nan_ends_the_rounds():
