@@ -4,6 +4,10 @@ A *gradient-equivalent* is one gradient of the inner loss on all inner data. A
 Hessian-vector product with its cross term counts 2 (1.83 by operation count on a
 four-layer MLP), an outer gradient ``n_outer / n_inner``, and a value a third of its
 gradient. Mini-batches count in proportion.
+
+Counts are those of the calls that are executed. Under `jax.vmap` every solve of a batch
+makes as many calls as the slowest one, so that n solves count n times the slowest
+(`count_batch`). Solves that are made one after the other add up.
 """
 
 import math
@@ -36,6 +40,15 @@ def outer_grad_cost(inner_data: Data, outer_data: Data) -> float:
     """
     n_inner, n_outer = num_examples(inner_data), num_examples(outer_data)
     return 1.0 if n_inner is None or n_outer is None else n_outer / n_inner
+
+
+def count_batch(calls: Array) -> Array:
+    """Returns the calls that are executed for a batch of solves under `jax.vmap`.
+
+    Args:
+      calls: Number of calls that each solve needs by itself.
+    """
+    return calls.size * jnp.max(calls)
 
 
 def cost_stats(

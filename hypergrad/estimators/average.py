@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
+from ..cost.counts import COST_STATS, count_batch
 from ..problem import Bilevel, with_own_order
 from ..trees import all_finite
 from ..validation import check_estimator_type, check_positive_int
@@ -16,7 +17,7 @@ from .base import Estimate, get_target, keys_of_samples, normalize_estimate
 from .error_estimates import standard_error
 
 #: How a statistic of the mean is made from its samples; all others are summed.
-REDUCTIONS = {
+REDUCTIONS = dict.fromkeys(COST_STATS, count_batch) | {
     "num_inner_steps": jnp.max,
     "inner_grad_norm": jnp.max,
     "adjoint_residual": jnp.max,
@@ -42,7 +43,7 @@ class Average(eqx.Module):
         a problem with ``data_fn``.
       num_samples: Number of samples (n), at least 2.
 
-    Cost: n estimates, as one batch.
+    Cost: n estimates, as one batch: n times the most expensive one.
     Memory: that of n estimates.
     Target: that of the estimator.
     Bias: that of the estimator. The average reduces the standard error as

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..batches import at_draw, fixed_batch_fraction
 from ..cost import cost_stats
+from ..cost.counts import count_batch
 from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_fraction
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
@@ -43,7 +44,8 @@ class Evolution(eqx.Module):
       outer_batch_size: Number of examples for the outer loss, sampled once per
         estimate. Defaults to all examples.
 
-    Cost: 2 n + 1 inner runs and outer values.
+    Cost: 2 n + 1 inner runs and outer values. In each batch of n runs all cost as much
+      as the longest.
     Memory: at most that of 2 n runs, which are made as two batches of n.
     Target: solver.
     Bias: ``O(sigma^2)``, because the expectation is the derivative of ``F`` smoothed by
@@ -118,7 +120,9 @@ class Evolution(eqx.Module):
             problem, noise, plus - minus, self.sigma, unravel
         )
         total = lambda name: (
-            solver_stats[name] + jnp.sum(plus_stats[name]) + jnp.sum(minus_stats[name])
+            solver_stats[name]
+            + count_batch(plus_stats[name])
+            + count_batch(minus_stats[name])
         )
         num_runs = 2 * self.num_pairs + 1
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)

@@ -45,13 +45,15 @@ class Forward(RunEstimator):
     Args:
       solver: Inner solver with differentiable iterations.
       max_tangents: Largest number of tangents of one run, B. If N + 1 is larger, a
-        run is made for each block of at most B tangents. Defaults to a single run.
+        run is made for each block of tangents. The blocks have one size b, the smallest
+        for this number of runs. Defaults to a single run.
       warm_start, certify, outer_batch_size: As in `Unrolled`.
 
     Cost: T inner gradients and (N + 1) T Hessian-vector products, in one batch per
-      step, and one outer gradient. With blocks ``ceil((N + 1) / B)`` times as many
-      gradients, inner and outer, and as many products.
-    Memory: N + 2 carries of the solver, B + 2 with blocks, for any number of steps.
+      step, and one outer gradient. With ``k = ceil((N + 1) / B)`` blocks of
+      ``b = ceil((N + 1) / k)`` tangents, k T inner gradients, k b T products, and k
+      outer gradients; the last block is padded with zeros.
+    Memory: N + 2 carries of the solver, b + 2 with blocks, for any number of steps.
     Target: solver. The derivative includes every dependence of the optimizer, the
       losses and ``init_fn`` on ``alpha``.
     Bias: none for the finite run.
@@ -133,8 +135,8 @@ class Forward(RunEstimator):
             return (final_w, outer), jnp.moveaxis(terms, -1, 0), tangents
 
         x = jnp.append(flat_alpha, 0)
-        block_size = min(x.size, self.max_tangents or x.size)
-        num_blocks = math.ceil(x.size / block_size)
+        num_blocks = math.ceil(x.size / (self.max_tangents or x.size))
+        block_size = math.ceil(x.size / num_blocks)
         (final_w, outer), terms, tangent = _run_in_blocks(
             differentiate_along, x, block_size
         )
@@ -162,7 +164,7 @@ class Forward(RunEstimator):
             },
             num_steps=num_steps,
             num_grads=num_blocks * step_grads,
-            num_hvps=(flat_alpha.size + 1) * step_grads,
+            num_hvps=num_blocks * block_size * step_grads,
             num_outer_grads=num_blocks,
             error_estimate=0.0,
         )

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
+from ..cost.counts import count_batch
 from ..implicit_diff import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
 from ..lost_derivative_checks import lost_derivative_flags
@@ -74,7 +75,8 @@ class Penalty(eqx.Module):
         estimate. Defaults to all examples.
 
     Cost: two inner solves, three if symmetric; the nudged ones need an outer gradient
-      per step. Three more inner gradients.
+      per step. Three more inner gradients. With K outer losses each nudged solve is
+      made K times, as one batch in which all cost as much as the longest.
     Memory: three vectors like ``w``, and that of the solver.
     Target: argmin.
     Bias: falls as ``1 / l``, or as ``1 / l^2`` if symmetric. The errors of the solves
@@ -236,12 +238,12 @@ class Penalty(eqx.Module):
 
         Every call of the inner loss in a nudged solve also calls the outer loss.
         """
-        total = lambda name: sum(jnp.sum(stats[name]) for stats in nudged_stats)
+        total = lambda name: sum(count_batch(stats[name]) for stats in nudged_stats)
         # Counts are passes over the data, but a mini-batch step needs a whole gradient
         # of the outer loss; a solve for one of K losses evaluates all, K - 1 of them
         # with the weight 0.
         num_nudged_grads = sum(
-            jnp.sum(jnp.maximum(stats["num_grads"], stats["num_steps"]))
+            count_batch(jnp.maximum(stats["num_grads"], stats["num_steps"]))
             for stats in nudged_stats
         )
         fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)

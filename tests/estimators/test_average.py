@@ -68,6 +68,27 @@ def test_an_average_equals_a_loop_over_its_samples():
     assert failed_flags(estimate) == {"standard_error"}
 
 
+def test_every_sample_counts_as_often_as_the_slowest():
+    """Samples on different batches need different numbers of products."""
+    reference, num_samples = get_reference("ridge per-weight"), 4
+    linear_solver = hg.CG(preconditioner=None)
+    estimator = hg.Implicit(
+        hg.Newton(), linear_solver, adjoint_batch_size=3, estimate_error=False
+    )
+    average = hg.Average(estimator, num_samples)
+    problem, alpha = with_batches(reference, 8), reference.alpha
+    state, key = average.init(problem, reference.w, alpha), jax.random.key(1)
+    estimate, _ = jax.jit(average.estimate)(problem, state, alpha, key)
+    state = estimator.init(problem, reference.w, alpha)
+    sample_fn = jax.jit(estimator.estimate)
+    counts = [
+        float(sample_fn(problem, state, alpha, key)[0].stats["num_hvps"])
+        for key in jax.random.split(key, num_samples)
+    ]
+    assert min(counts) < max(counts)
+    assert estimate.stats["num_hvps"] == num_samples * max(counts)
+
+
 def test_the_standard_error_equals_numpys():
     samples = np.random.default_rng(0).normal(size=(5, 3))
     mean = samples.mean(0)

@@ -1,7 +1,9 @@
 """Tests of penalty, difference and evolution estimators: their rates and limits."""
 
 import functools
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -463,6 +465,66 @@ def test_the_penalty_counts_the_evaluations_of_all_outer_losses(symmetric):
     stats = jax.block_until_ready(estimate).stats
     jax.effects_barrier()
     assert num_calls == stats["num_outer_grads"] + stats["num_outer_values"]
+
+
+def count_newton_products(outer_loss):
+    """Returns the products of `Penalty` on a quadratic with condition 100."""
+    curvatures = jnp.logspace(0, 2, 40)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (
+            0.5 * jnp.sum(curvatures * w**2) - jnp.sum(w * jnp.exp(alpha))
+        ),
+        outer_loss,
+    )
+    estimator = hg.Penalty(hg.Newton(), 1.0)
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(40), jnp.zeros(40))
+    return estimate.stats["num_hvps"]
+
+
+def test_a_batch_of_nudged_solves_counts_as_often_as_its_slowest():
+    """Under `jax.vmap` every solve makes as many products as the slowest one."""
+    losses = lambda w, alpha, batch: w[0], lambda w, alpha, batch: jnp.sum(w**2)
+    num_shared = count_newton_products(lambda w, alpha, batch: 0 * w[0]) / 2
+    num_nudged = [count_newton_products(loss) - num_shared for loss in losses]
+    assert num_nudged[0] != num_nudged[1]
+    expected = num_shared + 2 * max(num_nudged)
+    assert count_newton_products(losses) == expected
+
+
+class DescentToTolerance(eqx.Module):
+    """Descends until the gradient is small, and counts the steps that are executed."""
+
+    count_step: Callable
+
+    def solve(self, loss, w, alpha, data, key):
+        grad_fn = jax.grad(loss)
+
+        def body_fun(carry):
+            w, num_steps = carry
+            jax.debug.callback(self.count_step, w)
+            return w - 0.1 * grad_fn(w, alpha, data), num_steps + 1
+
+        cond_fun = lambda carry: jnp.abs(grad_fn(carry[0], alpha, data)) > 1e-3
+        w, num_steps = jax.lax.while_loop(cond_fun, body_fun, (w, 0))
+        return w, hg.inner.inner_stats(num_steps, num_grads=num_steps)
+
+
+def test_a_batch_of_perturbed_runs_counts_as_often_as_its_slowest():
+    """The runs of a batch stop together, after the slowest of them."""
+    num_calls = 0
+
+    def count_step(w):
+        nonlocal num_calls
+        num_calls += 1
+
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    estimator = hg.Evolution(DescentToTolerance(count_step), 0.5, 4)
+    estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
+    jax.block_until_ready(estimate)
+    jax.effects_barrier()
+    assert estimate.stats["num_grads"] == num_calls + 1  # and one checks w
 
 
 @pytest.mark.parametrize(
