@@ -103,6 +103,28 @@ def test_readme_and_report_count_the_published_numbers_that_are_within():
     assert {name: (int(n), int(of)) for name, n, of in rows} == counts
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/report/report.typ"]
+)
+def test_a_page_counts_the_trusted_estimates_of_the_table(page: str):
+    """Each number of trusted estimates is that of a method in the table `trust`."""
+    rows = read_rows(FOLDER / "results/trust.jsonl")
+    totals = {
+        method: sum(row["num_trusted"] for row in rows if row["method"] == method)
+        for method in ("default", "certificate")
+    }
+    text = " ".join((FOLDER.parent / page).read_text().split())
+    statements = re.findall(
+        r"`Implicit` trust(?:ed|s) (\d+) and a certificate (\d+)"
+        r"|Of (\d+) estimates that `Implicit` trusts and (\d+) that a certificate",
+        text,
+    )
+    numbers = [tuple(int(x) for x in groups if x) for groups in statements]
+    assert numbers == [(totals["default"], totals["certificate"])]
+    for number in re.findall(r"of (\d+) trusted implicit", text):
+        assert int(number) == totals["default"]
+
+
 def test_the_page_of_results_claims_what_the_tables_support():
     """A task without a supported claim or a check that holds has an empty column."""
     page = (FOLDER.parent / "docs/results.md").read_text()
