@@ -50,9 +50,9 @@ with a sum in an array of its own. They need a checkout that BENCHMARK_BILEVEL_2
 names. *StocBiO, doubled series* is our StocBiO with this product, and is judged by the
 stored run. The code of 2022 beside the stored run, and StocBiO beside the present code,
 are lines without a verdict: the first is the authors' own program, and the second has
-no stored number. (Until a review after the run both were judged: three of these four
-numbers were within the tolerance.) MRBO is judged by the stored run: the same code of
-2022 overflows there, so that the stored run is of another version.
+no stored number. (Until a review after the run both had a verdict, by which three of
+these four numbers were within the tolerance.) MRBO is judged by the stored run: the
+same code of 2022 overflows there, so that the stored run is of another version.
 
 *Present code.* Rows with "present code" run the present solvers of
 github.com/benchopt/benchmark_bilevel (3ad65dc) for five evaluations and one seed; they

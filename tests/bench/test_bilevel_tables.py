@@ -92,13 +92,13 @@ def test_stored_errors_are_judged_where_a_method_runs():
 
 
 def test_a_run_of_unknown_length_is_not_judged():
-    judged = {
+    methods = {
         method
         for (method, _), number in bilevel_cleaning.PUBLISHED.items()
         if number.is_reproduced(number.value, "paper") is not None
     }
-    assert hyper_cleaning.FULL_BATCH not in judged
-    assert {"SABA", "SOBA", "AmIGO"} <= judged
+    assert hyper_cleaning.FULL_BATCH not in methods
+    assert {"SABA", "SOBA", "AmIGO"} <= methods
 
 
 @pytest.fixture
@@ -188,12 +188,12 @@ def test_stored_values_are_judged_where_a_method_is_evaluated():
 
 
 def test_only_our_programs_are_judged_by_the_stored_runs():
-    """Another program of the authors, or of this one a trial, reproduces nothing."""
+    """The authors' own programs, and trials of them, reproduce nothing."""
     sources = {number.source for number in bilevel_ijcnn1.PUBLISHED.values()}
     assert sources == {bilevel_ijcnn1.SOURCE}
-    judged = {method for method, _ in bilevel_ijcnn1.PUBLISHED}
-    assert judged <= {*ijcnn1_runs.SETTINGS, bilevel_ijcnn1.LBFGS}
-    assert "StocBiO" not in judged
+    methods = {method for method, _ in bilevel_ijcnn1.PUBLISHED}
+    assert methods <= {*ijcnn1_runs.SETTINGS, bilevel_ijcnn1.LBFGS}
+    assert "StocBiO" not in methods
 
 
 def rows_of_ijcnn1(last):
