@@ -183,7 +183,7 @@ class Choice(BoundedSpace):
         return (jnp.argmin(distances, axis=0) + 0.5) / self.num_values
 
     def _as_array(self, dtype: Any = None) -> Array:
-        """Returns the values; raises ValueError if they need more than 32 bits."""
+        """Returns the values; raises ValueError if the dtype cannot hold them."""
         try:
             return jnp.asarray(self.values, dtype)
         except OverflowError as error:

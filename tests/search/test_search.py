@@ -205,7 +205,8 @@ def test_trial_whose_w_is_not_finite_is_not_trusted(num_losses):
     expected = np.tile([[np.nan], [0.5], [1.0]], num_losses)
     np.testing.assert_array_equal(trace.value.reshape(3, -1), expected)
     np.testing.assert_array_equal(values, expected)
-    assert "lowest 0.5 at trial 1" in str(trace) or num_losses == 2
+    if num_losses == 1:
+        assert "lowest 0.5 at trial 1" in str(trace)
     assert trace.best_alpha == trace.w[0] == 0.5
     assert trace.status == "completed"
 

@@ -148,3 +148,9 @@ def test_a_space_may_set_its_coordinates_in_its_instance():
     alpha = spaces.from_unit({"a": space}, [0.5, 1.0])
     np.testing.assert_array_equal(alpha["a"], [1.5, 3.0])
     np.testing.assert_array_equal(spaces.to_unit({"a": space}, alpha), [0.5, 1.0])
+
+
+def test_a_space_without_leaves_has_no_cube():
+    for call in (spaces.axes, lambda space: spaces.from_unit(space, [])):
+        with pytest.raises(ValueError, match="at least one leaf"):
+            call({})
