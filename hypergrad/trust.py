@@ -58,12 +58,12 @@ def check_trust(
 ) -> TrustCounts:
     """Raises AssertionError unless ``trusted`` can be relied on, in any units.
 
-    Each problem is drawn from one of nine families: ridge, logistic and softmax
-    regression, a network, and smooth problems whose Hessians have clusters of
-    eigenvalues, a wide range of them, one small, one negative or three zero ones. ``w``
-    starts near the minimum or where gradient descent left it, in units of 1e-6 to 1e6;
-    the losses have factors of up to 1e6, and a third of the problems have a large
-    parameter without influence.
+    Each problem is drawn from one of eleven families: ridge, logistic and softmax
+    regression, a network, smooth problems whose Hessians have clusters of eigenvalues,
+    a wide range of them, one small, one negative or three zero ones, and logistic and
+    ridge regression on 60 and 100 correlated features. ``w`` starts near the minimum or
+    where gradient descent left it, in units of 1e-6 to 1e6; the losses have factors of
+    up to 1e6, and a third of the problems have a large parameter without influence.
 
     Args:
       estimator: The estimator. Its inner solver starts from the ``w`` of the problem; a

@@ -5,6 +5,7 @@ measures ``theta = D w`` in units ``D``, multiplies the losses by factors, adds 
 parameter that has nothing to do with anything, and moves ``w`` away from the minimum.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,13 @@ from .problem import Bilevel
 from .products import Loss, grad_and_cross_jvps, hvp
 
 NUM_FEATURES, NUM_EXAMPLES, NUM_DIRECTIONS = 15, 40, 24
+NUM_LOGISTIC_FEATURES, NUM_RIDGE_FEATURES = 60, 100  # of the wide families
 IRRELEVANT_SIZE = 5000.0
 UNIT_EXPONENTS = (0.0, 2.0, 4.0, 6.0)
 FACTOR_EXPONENTS = (-6.0, 0.0, 6.0)
 RANK_TOLERANCE = 1e-10  # of a Hessian in the parameters theta
-NUM_TRUTH_STEPS = 40  # of Newton's method
-NUM_START_STEPS = 60  # of the search for a first minimum
+NUM_TRUTH_STEPS = 40  # of Newton's method, by default
+NUM_START_STEPS = 60  # of the search for a first minimum, by default
 
 
 class Family(NamedTuple):
@@ -31,11 +33,16 @@ class Family(NamedTuple):
       sample: ``key -> (theta, alpha, batch)``. ``theta`` is stationary, or is where the
         search for a minimum starts.
       inner_loss, outer_loss: ``(theta, alpha, batch) -> scalar``.
+      num_start_steps: Number of steps of the search for a first minimum.
+      num_newton_steps: Number of steps of Newton's method that follow, and of those
+        from ``w`` to the stationary point whose hypergradient is the answer.
     """
 
     sample: Callable[[Array], tuple[Array, Array, PyTree]]
     inner_loss: Loss
     outer_loss: Loss
+    num_start_steps: int = NUM_START_STEPS
+    num_newton_steps: int = NUM_TRUTH_STEPS
 
 
 class Trial(NamedTuple):
@@ -93,6 +100,20 @@ def _sample_softmax(key: Array) -> tuple[Array, Array, PyTree]:
 def _cross_entropy(logits: Array, labels: Array) -> Array:
     log_probabilities = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
+
+
+def _sample_wide(key: Array, num_features: int) -> tuple[Array, Array, PyTree]:
+    """Returns a linear problem with correlated features and a single penalty."""
+    keys = jax.random.split(key, 6)
+    exponent = jax.random.uniform(keys[0], minval=1.0, maxval=3.0)
+    deviations = 10 ** (-exponent / 2 * jnp.linspace(0.0, 1.0, num_features))
+    q = jnp.linalg.qr(jax.random.normal(keys[1], (num_features, num_features)))[0]
+    x = jax.random.normal(keys[2], (2, 2 * num_features, num_features))
+    x = x @ (deviations[:, None] * q.T)
+    true_theta = jax.random.normal(keys[3], (num_features,))
+    y = x @ true_theta + 0.5 * jax.random.normal(keys[4], x.shape[:2])
+    alpha = jax.random.uniform(keys[5], (1,), minval=-8.0, maxval=-3.0)
+    return jnp.zeros(num_features), alpha, {"x": x, "y": y}
 
 
 # A network, and three problems whose minima form circles or surfaces.
@@ -257,6 +278,18 @@ FAMILIES = {
     "one slow direction": _spectral_family(_one_slow),
     "saddle": _spectral_family(_saddle),
     "singular": _spectral_family(_singular),
+    "wide logistic": Family(
+        functools.partial(_sample_wide, num_features=NUM_LOGISTIC_FEATURES),
+        *_with_penalty(_logistic_loss),
+        num_start_steps=0,
+        num_newton_steps=15,
+    ),
+    "wide ridge": Family(
+        functools.partial(_sample_wide, num_features=NUM_RIDGE_FEATURES),
+        *_with_penalty(_ridge_loss),
+        num_start_steps=0,
+        num_newton_steps=2,  # the second one removes rounding
+    ),
 }
 
 
@@ -360,7 +393,7 @@ def approach_minimum(
         is_stationary = jnp.linalg.norm(grad) <= 1e-12 * jnp.max(magnitude)
         return theta - jnp.where(is_stationary, 0.0, direction / length)
 
-    return jax.lax.fori_loop(0, NUM_START_STEPS, step, theta)
+    return jax.lax.fori_loop(0, family.num_start_steps, step, theta)
 
 
 def newton(family: Family, theta: Array, alpha: Array, batch: PyTree) -> Array:
@@ -371,7 +404,7 @@ def newton(family: Family, theta: Array, alpha: Array, batch: PyTree) -> Array:
         hessian = _hessian(family, theta, alpha, batch)
         return theta - _pseudo_inverse(hessian) @ grad
 
-    return jax.lax.fori_loop(0, NUM_TRUTH_STEPS, step, theta)
+    return jax.lax.fori_loop(0, family.num_newton_steps, step, theta)
 
 
 def dense_hypergradient(
