@@ -14,7 +14,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .runtime.devices import needs_gather
+from .runtime.devices import is_on_host
 from .trees import is_key, is_key_or_counter
 
 KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
@@ -139,7 +139,8 @@ def _has_nan(leaf: Array) -> bool:
     """Returns True if an array is concrete and contains NaN."""
     if isinstance(leaf, Tracer) or not isinstance(leaf.dtype, np.dtype):  # a PRNG key
         return False
-    array = leaf if needs_gather(leaf) else np.asarray(leaf)
+    # An accelerator compares on its own, and only the outcome is transferred.
+    array = np.asarray(leaf) if is_on_host(leaf) else leaf
     return bool((array != array).any())  # only NaN differs from itself
 
 

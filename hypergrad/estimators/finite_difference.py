@@ -15,7 +15,7 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, max_machine_eps, safe_norm
-from ..validation import check_positive_int, float_converter, positive
+from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
@@ -69,9 +69,7 @@ class FiniteDifference(eqx.Module):
     epsilon: float | Array | None = eqx.field(
         default=None, converter=positive("epsilon", optional=True)
     )
-    step_size: float | Array = eqx.field(
-        default=1.0, converter=float_converter("step_size", optional=False)
-    )
+    step_size: float | Array = eqx.field(default=1.0, converter=positive("step_size"))
     warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
     adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)

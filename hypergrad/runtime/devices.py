@@ -34,6 +34,11 @@ def needs_gather(x: object) -> bool:
     return not (x.is_fully_addressable or x.is_fully_replicated)
 
 
+def is_on_host(x: jax.Array) -> bool:
+    """Returns True if NumPy can read all of a concrete array without a transfer."""
+    return not needs_gather(x) and all(d.platform == "cpu" for d in x.devices())
+
+
 def replicate(tree: PyTree) -> PyTree:
     """Returns the tree with every leaf readable on this process; see `needs_gather`."""
     return jax.tree.map(lambda x: shard(x) if needs_gather(x) else x, tree)

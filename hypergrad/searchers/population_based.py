@@ -12,7 +12,7 @@ from .. import spaces
 from ..jaxpr import unused_leaves
 from ..problem_checks import check_state_without_alpha
 from ..spaces.pytree import flatten_space
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, non_negative
 from .populations import (
     Members,
     PopulationSearcher,
@@ -79,7 +79,7 @@ class PopulationBasedTraining(PopulationSearcher):
     population_size: int = eqx.field(static=True)
     quantile_fraction: float = eqx.field(default=0.25, static=True)
     perturbation: Array | float = eqx.field(
-        default=0.2, converter=float_converter("perturbation", optional=False)
+        default=0.2, converter=non_negative("perturbation")
     )
 
     citations = ("jaderberg2017",)

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import validation
+from hypergrad.runtime.devices import is_on_host
 
 PROBLEM = hg.Bilevel(
     lambda w, alpha, batch: jnp.sum((w["x"] - alpha["x"]) ** 2),
@@ -136,6 +138,20 @@ SETTINGS_FROM_ZERO = {
 def test_a_negative_tolerance_is_refused_also_as_an_array(name, value):
     with pytest.raises(ValueError, match=f"^{name} must be at least 0; got"):
         SETTINGS_FROM_ZERO[name](value)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_nan_is_found_by_numpy_and_on_the_device(monkeypatch, on_host):
+    """An array on an accelerator is not transferred, but compared there."""
+    monkeypatch.setattr(validation, "is_on_host", lambda x: on_host)
+    w, alpha = {"x": jnp.zeros(2)}, {"x": jnp.array([0.0, jnp.nan])}
+    with pytest.raises(ValueError, match=r"^alpha\['x'\] must not contain NaN"):
+        validation.check_no_nan(w, alpha)
+    validation.check_no_nan(w, w)
+
+
+def test_arrays_of_the_cpu_are_on_the_host():
+    assert is_on_host(jnp.zeros(2))
 
 
 def test_a_loss_with_an_array_as_a_field_is_refused():

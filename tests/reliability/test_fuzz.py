@@ -247,6 +247,10 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("eta", "several numbers", "BOME",
      lambda x: hg.BOME(SGD, 2, step_size=0.1, eta=x)),
     ("step_size", "several numbers", "Reinforce", lambda x: searchers.Reinforce(x)),
+    ("perturbation", "several numbers", "PopulationBasedTraining",
+     lambda x: searchers.PopulationBasedTraining(4, perturbation=x)),
+    ("step_size", "several numbers", "FiniteDifference",
+     lambda x: hg.FiniteDifference(SOLVER, step_size=x)),
     ("rtol", "several numbers", "certify", lambda x: certify(rtol=x)),
     # Objects that are combined.
     ("optimizer", "optimizer", "Descent", lambda x: hg.Descent(x, 3)),

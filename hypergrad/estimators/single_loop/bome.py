@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
-from ...trees import add_scale, vdot
+from ...trees import add_scale, divide, power_of_two_scale, vdot
 from ...validation import check_positive_int, positive, positive_up_to_one
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 
@@ -107,11 +107,14 @@ class BOME(SingleLoop):
 
         # If grad q = 0, the constraint cannot decrease further, and mu = 0.
         # mu = max((eta ||grad q||^2 - <grad M, grad q>) / ||grad q||^2, 0)
+        # Divided by their size, the squares of grad q do not underflow.
+        unit = power_of_two_scale(grad_q)
+        grad_q = divide(grad_q, unit)
         square = vdot(grad_q, grad_q)
-        numerator = self.eta * square - vdot(grad_M, grad_q)
-        mu = jnp.where(square > 0, numerator / jnp.where(square > 0, square, 1), 0)
+        numerator = self.eta * unit * square - vdot(grad_M, grad_q)
+        unit_mu = jnp.where(square > 0, numerator / jnp.where(square > 0, square, 1), 0)
         # grad M + mu grad q
-        w_direction, direction = add_scale(grad_M, jnp.maximum(mu, 0), grad_q)
+        w_direction, direction = add_scale(grad_M, jnp.maximum(unit_mu, 0), grad_q)
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...trees import add_scale, norm, random_like, ratio, scale, vdot
+from ...trees import add_scale, norm_ratio, random_like, scale, vdot
 from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
@@ -115,7 +115,7 @@ class PZOBO(SingleLoop):
         direction = optax.tree.add(direct, indirect)
         # The sampled part is the indirect term; the error is relative to the direction.
         relative_error = standard_error(responses, indirect, is_multi_objective=False)
-        relative_error = ratio(relative_error * norm(indirect), norm(direction))
+        relative_error *= norm_ratio(indirect, direction)
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {

@@ -230,6 +230,38 @@ def test_scale_of_the_outer_loss_scales_the_direction_alone(method: SingleLoop):
         assert tiny.stats["adjoint_residual"] == pytest.approx(residual, rel=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-22])
+def test_barrier_of_a_tiny_inner_loss_does_not_underflow_in_float32(factor):
+    """The truth is the same step in float64; the descent is that of the loss itself."""
+    inner = lambda w, alpha, batch: factor * 0.5 * jnp.sum((w - alpha) ** 2)
+    outer = lambda w, alpha, batch: jnp.sum(w * alpha)
+    method = hg.BOME(SGD, 3, step_size=0.1 / factor)
+
+    def direction(dtype):
+        problem = hg.Bilevel(inner, outer)
+        w, alpha = jnp.arange(3.0, dtype=dtype), jnp.full(3, 3.0, dtype)
+        state = method.init(problem, w, alpha)
+        estimate, _ = method.estimate(problem, state, alpha, jax.random.key(0))
+        return estimate.hypergradient
+
+    assert jnp.linalg.norm(direction("float64") - jnp.arange(3.0)) > 0.1
+    np.testing.assert_allclose(direction("float32"), direction("float64"), rtol=1e-5)
+
+
+def test_standard_error_of_pzobo_does_not_depend_on_the_unit_of_the_outer_loss():
+    method = hg.PZOBO(SGD, 3, 4)
+    w, alpha = jnp.zeros(3, jnp.float32), jnp.full(3, 3.0, jnp.float32)
+
+    def standard_error(scale):
+        problem = scaled_outer(scale)
+        state = method.init(problem, w, alpha)
+        estimate, _ = method.estimate(problem, state, alpha, jax.random.key(0))
+        return float(estimate.stats["standard_error"])
+
+    assert standard_error(1e-22) == pytest.approx(standard_error(1.0), rel=1e-3)
+    assert standard_error(1.0) > 0.01
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_second_order_of_darts_is_right_in_half_precision(dtype: str):
     """The shift of a single entry is below the distance of two numbers."""
