@@ -125,12 +125,14 @@ def write_pdf(result: TableResult, folder: Path) -> Path | None:
 
 
 def write_settings(result: TableResult, folder: Path) -> Path | None:
-    """Writes the settings that were chosen, by method and seed, as JSON."""
-    settings: dict[str, dict[str, Any]] = {}
+    """Writes the settings that were chosen in each cell as a list in JSON."""
+    settings: list[dict[str, Any]] = []
     for row in result.printed_rows:
         chosen = _settings(row) or row.get("setting")  # a dictionary, or one value
         if chosen not in ({}, None):
-            settings.setdefault(row["method"], {})[str(row["seed"])] = chosen
+            names = set(result.table.key_fields) - {"stage", "setting", "setting_index"}
+            cell = {name: value for name, value in row.items() if name in names}
+            settings.append(cell | {"settings": chosen})
     if not settings:
         return None
     row = result.printed_rows[0]

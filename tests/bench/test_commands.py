@@ -540,13 +540,14 @@ def test_settings_are_those_of_each_method_and_seed(folder, tmp_path):
     path = export.export(result, "settings", tmp_path)
     record = json.loads(path.read_text())
     assert record["table"] == "quadratic"
-    assert record["settings"] == {
-        "descent": {
-            str(row["seed"]): row["settings"]
-            for row in result.printed_rows
-            if row["method"] == "descent"
-        }
+    expected = {
+        row["seed"]: row["settings"]
+        for row in result.printed_rows
+        if row["method"] == "descent"
     }
+    cells = record["settings"]
+    assert {cell["method"] for cell in cells} == {"descent"}
+    assert {cell["seed"]: cell["settings"] for cell in cells} == expected
 
 
 def test_splits_are_the_examples_of_each_seed_with_checksums(tmp_path):

@@ -1,6 +1,7 @@
 """Values and labels in the formats of other programs."""
 
 import csv
+import json
 
 from hypergrad.bench import Column, MeasurementTable, export, report
 
@@ -22,6 +23,21 @@ def test_settings_that_are_lists_are_columns_of_csv(tmp_path):
         (line,) = csv.DictReader(file)
     assert line["settings.betas"] == "[0.1, 0.9]"
     assert (line["settings.rate"], line["settings.name"]) == ("1", "x")
+
+
+def test_cells_of_other_sizes_have_settings_of_their_own(tmp_path):
+    """`corruption` chooses a rate for each share of wrong labels."""
+    table = MeasurementTable(
+        cells=lambda scale, seeds: [{"method": "a", "share": 0.5, "seed": 0}],
+        measure_cell=lambda cell, rows: {},
+    )
+    rows = [
+        {"method": "a", "share": share, "seed": 0, "settings": {"rate": 2 * share}}
+        for share in (0.5, 0.7)
+    ]
+    result = report.TableResult("toy", table, rows)
+    record = json.loads(export.export(result, "settings", tmp_path).read_text())
+    assert record["settings"] == rows
 
 
 def test_characters_with_a_meaning_in_latex_are_escaped(tmp_path):
