@@ -34,7 +34,9 @@ derivatives. `architecture` compares DARTS and `Implicit` on a space of 125 cell
 
 *Published.* The best cells are those of the paper, to the digits that it prints. The
 means and deviations of the searches were read in later papers ("secondary") or are only
-recalled. Tolerances on means are 0.15, 0.5 and 0.7 points. The methods with shared
+recalled. They belong to 12,000 simulated seconds and ours to 108 cells, so that they
+are not judged. The first form of this protocol judged four of them, which lay within
+0.15, 0.5 and 0.7 points; a review after the run withdrew this. The methods with shared
 weights, from ENAS on, are cited from later papers and not run. Two generations of these
 numbers exist; these are of the later one, in which DARTS has 54.30, 15.61 and 16.32.
 
@@ -312,6 +314,7 @@ CITED = {
 }
 BEST = {"best cell": ((94.37, None), (73.51, None), (47.31, None))}
 TOLERANCES = (0.15, 0.5, 0.7)
+PAPER_LIMIT = "12,000 seconds"  # of a search; ours evaluates a number of cells
 RECALLED = {("random search", "cifar100"), ("random search", "imagenet16_120")} | {
     ("REA", name) for name in DATA_SETS
 }
@@ -324,9 +327,12 @@ def published() -> dict[tuple[str, str], Published]:
         for name, tolerance, pair in zip(DATA_SETS, TOLERANCES, values, strict=True):
             label = (method, name)
             tag = "recalled" if label in RECALLED else "secondary"
+            scale = PAPER_LIMIT if method in SEARCHED else "paper"
             if method in BEST:
                 tag, tolerance = "verified", 0.005
-            numbers[label] = Published(pair[0], tolerance, tag, deviation=pair[1])
+            numbers[label] = Published(
+                pair[0], tolerance, tag, deviation=pair[1], scale=scale
+            )
     return numbers
 
 

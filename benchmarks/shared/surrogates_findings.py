@@ -180,7 +180,7 @@ def difference_text(
 ) -> str:
     """Returns whether differences from another row are positive, and their interval."""
     interval = mean_interval(values, level=level, resplits=resplits)
-    relation = "level with"
+    relation = "not shown to differ from"
     if interval.low > 0:
         relation = "above"
     elif interval.high < 0:
