@@ -200,7 +200,7 @@ def random_search(system: System, budget: float, arrays: PyTree, key: Array) -> 
 
     Each alpha is trained by Newton's method. The curve is that of the best alpha so far
     by the outer value, at the same costs for every seed; NaN until the budget pays for
-    the first alpha.
+    the first alpha. The costs are those of the trials that the budget pays for.
     """
     problem, w, alpha, suboptimality = system.make_problem(arrays)
     trace = hg.search(
@@ -213,21 +213,23 @@ def random_search(system: System, budget: float, arrays: PyTree, key: Array) -> 
         key=key,
         metrics={"suboptimality": suboptimality},
     )
-    values, cost = np.asarray(trace.value, float), np.asarray(trace.cost, float)
+    cost = np.asarray(trace.cost, float)
+    values = np.nan_to_num(np.asarray(trace.value, float), nan=np.inf)  # if it failed
     lowest = [int(np.argmin(values[: i + 1])) for i in range(len(values))]
     best = np.asarray(trace.metrics["suboptimality"], float)[lowest]
     ticks = budget * np.arange(1, system.points + 1) / system.points
     paid = np.searchsorted(cost, ticks, side="right")
-    total = lambda name: float(np.sum(trace.stats[name]))
+    is_paid = paid_for(cost, budget)
+    total = lambda name: float(np.sum(trace.stats[name][is_paid]))
     curve = np.where(paid > 0, best[np.maximum(paid, 1) - 1], np.nan)
     return {
         "end": float(curve[-1]) if paid[-1] else np.inf,
         "curve": curve.tolist(),
         "curve_cost": ticks.tolist(),
-        "gradient_equivalents": float(cost[-1]),
+        "gradient_equivalents": float(np.max(cost[is_paid], initial=0.0)),
         "num_grads": total("num_grads"),
         "num_hvps": total("num_hvps"),
-        "num_steps": len(values),
+        "num_steps": int(np.sum(is_paid)),
     }
 
 
