@@ -1,7 +1,7 @@
 """The compiled block of outer steps that a run repeats."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -17,6 +17,8 @@ from .outer_step import (
     step,
     step_without_record,
 )
+from .trees import to_numpy
+from .validation import is_traced
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
@@ -34,6 +36,51 @@ def get_block_size(loop: "OuterLoop", state: OuterState) -> int:
     return max(1, min(BLOCK_SIZE, MAX_ALPHA_BYTES // max(num_bytes, 1)))
 
 
+class PackedRecord(eqx.Module):
+    """A `StepRecord`, or rows of them, with few arrays.
+
+    A compiled program writes each array of a record by a kernel of its own. There are
+    some twenty statistics and flags, and two arrays of single numbers here.
+
+    Attributes:
+      numbers: The leaves without an axis, stacked along a last axis for each dtype.
+      arrays: The other leaves.
+      treedef: Structure of the record. Static.
+      dtypes: For each leaf the name of its dtype in ``numbers``, or None. Static.
+    """
+
+    numbers: dict[str, Array]
+    arrays: list[Array]
+    treedef: Any = eqx.field(static=True)
+    dtypes: tuple[str | None, ...] = eqx.field(static=True)
+
+    @classmethod
+    def pack(cls, record: StepRecord) -> "PackedRecord":
+        """Returns the record of a single step, packed."""
+        leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, record))
+        dtypes = tuple(None if leaf.shape else leaf.dtype.name for leaf in leaves)
+        pairs = list(zip(leaves, dtypes, strict=True))
+        numbers = {
+            name: jnp.stack([leaf for leaf, dtype in pairs if dtype == name])
+            for name in sorted({dtype for dtype in dtypes if dtype})
+        }
+        arrays = [leaf for leaf, dtype in pairs if dtype is None]
+        return cls(numbers, arrays, treedef, dtypes)
+
+    def unpack(self) -> StepRecord:
+        """Returns the rows; concrete ones as NumPy arrays, without a program for it."""
+        is_concrete = not is_traced(self.numbers, self.arrays)
+        as_array = to_numpy if is_concrete else (lambda x: x)
+        numbers = {name: as_array(x) for name, x in self.numbers.items()}
+        columns = {
+            name: iter([x[..., i] for i in range(x.shape[-1])])
+            for name, x in numbers.items()
+        }
+        arrays = map(as_array, self.arrays)
+        leaves = [next(columns[name] if name else arrays) for name in self.dtypes]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
 @eqx.filter_jit
 def run_block(
     loop: "OuterLoop",
@@ -43,7 +90,7 @@ def run_block(
     stop: Array,
     block_size: int,
     record_every: int = 1,
-) -> tuple[OuterState, Budget, StepRecord, Array]:
+) -> tuple[OuterState, Budget, PackedRecord, Array]:
     """Makes up to ``num_rows * record_every`` steps, and records the last of each row.
 
     Args:
@@ -62,7 +109,7 @@ def run_block(
     """
     rows = jax.tree.map(
         lambda x: jnp.broadcast_to(x, (block_size, *x.shape)),
-        _blank_record(loop, state),
+        PackedRecord.pack(_blank_record(loop, state)),
     )
 
     def should_continue(carry):
@@ -84,7 +131,7 @@ def run_block(
         set_row = lambda column, x: jax.lax.dynamic_update_index_in_dim(
             column, x, num_rows_made, 0
         )
-        rows = jax.tree.map(set_row, rows, record)
+        rows = jax.tree.map(set_row, rows, PackedRecord.pack(record))
         return state, budget, rows, num_rows_made + 1
 
     init_carry = (state, budget, rows, jnp.asarray(0))

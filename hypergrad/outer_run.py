@@ -147,7 +147,7 @@ def _run_without_host(
         blocks.append((rows, int(num_rows_made)))
         if account.is_spent or state.status > 0:
             break
-    rows = _concatenate(blocks)
+    rows = _concatenate([(rows.unpack(), size) for rows, size in blocks])
     return _make_trace(loop, state, rows, first_step, state.status, record_every)
 
 
@@ -341,7 +341,7 @@ class _HostRun:
             num_steps -= num_rows * self.record_every
 
     def _run_block(self, num_rows: int) -> tuple[OuterState, Budget, StepRecord, Array]:
-        return run_block(
+        state, budget, rows, num_rows_made = run_block(
             self.loop,
             self.state,
             self.budget,
@@ -350,6 +350,7 @@ class _HostRun:
             self.block_size,
             self.record_every,
         )
+        return state, budget, rows.unpack(), num_rows_made
 
     def _blank_rows(self, num_rows: int) -> StepRecord:
         """Returns the records of steps that were not made."""

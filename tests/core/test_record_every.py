@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad.outer_block import PackedRecord, run_block
 from hypergrad.outer_estimate import ADDITIVE_STATS
+from hypergrad.outer_step import Budget, StepRecord
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import to_numpy
 from tests.core.test_outer_loop import LOOP, PROBLEM, SGD, START, make_loop, run
@@ -233,3 +235,44 @@ def test_the_cost_of_a_row_is_that_of_its_steps_for_the_budget(cost: float):
     else:
         assert trace.status == "completed"
         assert len(trace.value) == 10
+
+
+def make_record() -> StepRecord:
+    """Returns a record with two dtypes of floats, a flag, and leaves with axes."""
+    return StepRecord(
+        value=jnp.asarray(1.5),
+        stats={"a": jnp.float32(2.5), "trusted": jnp.asarray(True)},
+        flags={"b": jnp.asarray(False)},
+        metrics={"c": jnp.arange(3), "d": jnp.asarray(7)},
+        alpha={"x": jnp.ones((2, 1)), "y": None},
+    )
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_packed_record_is_unpacked_to_the_same_leaves(is_traced: bool):
+    """Each row of a block, also inside `jax.jit`."""
+    record = make_record()
+
+    def pack_rows(record):
+        packed = PackedRecord.pack(record)
+        return jax.tree.map(lambda x: jnp.stack([x, 2 * x]), packed)
+
+    if is_traced:
+        rows = jax.jit(lambda record: pack_rows(record).unpack())(record)
+    else:
+        rows = pack_rows(record).unpack()
+        assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(rows))
+    expected = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), record)
+    chex.assert_trees_all_equal(rows, expected)
+    chex.assert_trees_all_equal_dtypes(rows, expected)
+
+
+def test_a_block_writes_one_array_of_numbers_for_each_dtype():
+    """Twenty statistics and flags would be twenty kernels in each step."""
+    state, two = LOOP.init(*START), jnp.asarray(2)
+    args = LOOP, state, Budget.create(None), two, two, 4
+    text = run_block.lower(*args).as_text()
+    num_writes = text.count("stablehlo.dynamic_update_slice")
+    rows = run_block(*args)[2]
+    assert num_writes == len(jax.tree.leaves(rows)) <= 3
+    assert len(jax.tree.leaves(rows.unpack())) > 15
