@@ -271,7 +271,10 @@ def _has_ended_by_its_limit(trace: "Trace", num_rows: int) -> bool:
 
 
 def _describe_metric(trace: "Trace", name: str) -> str:
-    """Returns the last, the lowest and the highest value of a metric, with steps."""
+    """Returns the last, the lowest and the highest value of a metric, with steps.
+
+    In place of the last one, a search has that of the trial with the lowest value.
+    """
     column = np.asarray(trace.metrics[name])
     numbers = np.flatnonzero(~np.isnan(column))
     not_numbers = np.flatnonzero(is_evaluated(trace, name) & np.isnan(column))
@@ -280,6 +283,10 @@ def _describe_metric(trace: "Trace", name: str) -> str:
         return f"{name}: nan{suffix}" if not_numbers.size else f"{name}: no value"
     values, steps = column[numbers], trace.steps[numbers]
     texts = [f"{format_numbers(values[-1])} at {trace.row_kind} {steps[-1]}"]
+    best = _best_trial(trace)
+    if best is not None and best in numbers:
+        value = format_numbers(column[best])
+        texts = [f"{value} at the best trial, {trace.steps[best]}"]
     if not_numbers.size and not_numbers[-1] > numbers[-1]:
         texts[0] += f", then nan at {trace.row_kind} {trace.steps[not_numbers[-1]]}"
     if len(values) > 1:
@@ -291,6 +298,14 @@ def _describe_metric(trace: "Trace", name: str) -> str:
             )
         ]
     return f"{name}: {', '.join(texts)}"
+
+
+def _best_trial(trace: "Trace") -> int | None:
+    """Returns the row of a search with the lowest value, if there is one."""
+    values = np.asarray(trace.value)
+    if trace.row_kind != "trial" or values.ndim > 1 or np.isnan(values).all():
+        return None
+    return int(np.nanargmin(values))
 
 
 def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 import hypergrad as hg
+from hypergrad.display import format_numbers
 from hypergrad.estimators.base import REASONS
 from tests.core.printed_tables import read_html, read_text
 
@@ -149,6 +150,19 @@ def test_a_metric_of_a_search_is_evaluated_in_every_trial():
     )
     assert "log: nan at trial 2" in str(trace)
     assert all("log" in row for row in trace.rows())
+
+
+def test_a_metric_of_a_search_is_that_of_the_best_trial():
+    """The lowest value is that of the first trial, and the lowest metric of the last."""
+    trace = hg.search(
+        *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
+        space=hg.spaces.Box(2.0, 4.0),
+        budget=1e18,
+        metrics={"negative": lambda w, alpha, key: -alpha},
+    )
+    best = int(np.nanargmin(trace.value))
+    number = format_numbers(trace.metrics["negative"][best])
+    assert f"negative: {number} at the best trial, {best}, lowest" in str(trace)
 
 
 def test_the_total_cost_is_summed_in_float64():
