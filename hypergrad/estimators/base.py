@@ -122,10 +122,12 @@ class Estimate(ResultModule):
       stats: Scalar diagnostics, with the same keys for every estimator of this package;
         a statistic that does not apply is NaN.
 
-        - ``inner_grad_norm``: ``||dL/dw||`` at ``w``.
+        - ``inner_grad_norm``: ``||dL/dw||`` at ``w``; of most single-loop methods that
+          before the inner steps (`SingleLoop`).
         - ``num_inner_steps``: Number of inner steps.
         - ``adjoint_residual``: ``||b - H v|| / ||b||``, the maximum over K losses; of
-          ``S (b - H v)`` and ``S b`` where `Implicit` solves by the default `CG`.
+          ``S (b - H v)`` and ``S b`` where `Implicit` solves by the default `CG`; of a
+          single-loop method before its steps of ``v``.
         - ``ritz_min``, ``ritz_max``: Estimates of the extreme eigenvalues of ``H``,
           or of the scaled ``S H S`` with the default `CG` or `MINRES`; the default `CG`
           in `Implicit` gives the extreme curvatures along its search directions.

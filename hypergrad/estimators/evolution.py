@@ -15,6 +15,7 @@ from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_frac
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_problem
+from ..trees import widen
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .error_estimates import standard_error
@@ -25,6 +26,8 @@ from .inner_run import (
     make_run_fn,
     next_state,
 )
+
+MAX_SHIFT_ERROR = 0.1  # of a perturbed entry of alpha by rounding, in units of sigma
 
 
 class Evolution(eqx.Module):
@@ -38,7 +41,9 @@ class Evolution(eqx.Module):
 
     Args:
       solver: Any inner solver. Nothing is differentiated, so ``M`` may be a metric.
-      sigma: Standard deviation of the perturbations of ``alpha``.
+      sigma: Standard deviation of the perturbations of ``alpha``. It must be well above
+        the rounding of ``alpha``, and change ``w`` by well more than the rounding of
+        ``w``.
       num_pairs: Number of pairs (n).
       warm_start: Whether the runs start where the previous run at ``alpha`` ended.
       outer_batch_size: Number of examples for the outer loss, sampled once per
@@ -50,7 +55,10 @@ class Evolution(eqx.Module):
     Target: solver.
     Bias: ``O(sigma^2)``, because the expectation is the derivative of ``F`` smoothed by
       ``sigma``. ``standard_error`` is the relative standard error of the mean over
-      pairs and falls as ``1 / sqrt(n)``. The estimates are never trusted.
+      pairs and falls as ``1 / sqrt(n)``. It is NaN if rounding changes the
+      perturbation of an entry of ``alpha`` by more than ``sigma / 10``, and it does not
+      contain the rounding errors of ``w`` and of the outer value. The estimates are
+      never trusted.
 
     Source: Salimans et al. 2017 (arXiv 1703.03864), with antithetic pairs.
 
@@ -119,6 +127,7 @@ class Evolution(eqx.Module):
         hypergradient, error = _mean_over_pairs(
             problem, noise, plus - minus, self.sigma, unravel
         )
+        error = _nan_if_rounded(error, flat_alpha, noise, self.sigma, unravel)
         total = lambda name: (
             solver_stats[name]
             + count_batch(plus_stats[name])
@@ -188,8 +197,8 @@ class PersistentEvolution(eqx.Module):
     Memory: 2 n carries.
     Target: solver. ``value`` and ``w`` of an estimate are means over the particles.
     Bias: that of smoothing by ``sigma``. The variance grows with the number of
-      estimates since the start of the unroll. ``standard_error`` is the relative
-      standard error of the mean over pairs. The estimates are never trusted.
+      estimates since the start of the unroll. ``standard_error`` is that of
+      `Evolution`. The estimates are never trusted.
 
     Source: Vicol, Metz & Sohl-Dickstein 2021 (arXiv 2112.13835).
 
@@ -286,6 +295,7 @@ class PersistentEvolution(eqx.Module):
         hypergradient, error = _mean_over_pairs(
             problem, sums, values[0] - values[1], self.sigma, unravel
         )
+        error = _nan_if_rounded(error, flat_alpha, noise, self.sigma, unravel)
         value = jnp.mean(values, axis=(0, 1))
         w = jax.tree.map(lambda x: jnp.mean(x, axis=(0, 1)), carries[0])
         num_particles = 2 * self.num_pairs
@@ -356,6 +366,38 @@ class PersistentEvolution(eqx.Module):
             return carry, problem.outer_value(carry[0], alpha, outer_batch)
 
         return jax.vmap(jax.vmap(run_particle))(carries, alphas)
+
+
+def is_resolved(
+    shift: PyTree, alpha: PyTree, shifted_alpha: PyTree, sigma: Array | float
+) -> Array:
+    """Returns True if ``shifted_alpha - alpha`` is ``shift`` up to ``sigma / 10``.
+
+    It is False if ``sigma`` is not well above the rounding of an entry of ``alpha``.
+    """
+    # Otherwise the compiler may omit the rounding of a sum that is widened afterwards.
+    shifted_alpha = jax.lax.optimization_barrier(shifted_alpha)
+    error = jax.tree.map(
+        lambda s, x, shifted_x: jnp.abs(shifted_x - x - s),
+        *widen((shift, alpha, shifted_alpha)),
+    )
+    is_small = lambda x: jnp.all(x <= MAX_SHIFT_ERROR * sigma)
+    return jnp.all(jnp.stack([is_small(leaf) for leaf in jax.tree.leaves(error)]))
+
+
+def _nan_if_rounded(
+    error: Array,
+    flat_alpha: Float[Array, " N"],
+    noise: Float[Array, "n N"],
+    sigma: Array | float,
+    unravel: Callable[[Array], PyTree],
+) -> Array:
+    """Returns NaN in place of a standard error if ``alpha`` does not resolve sigma."""
+    alpha = unravel(flat_alpha)
+    is_shifted = jax.vmap(
+        lambda e: is_resolved(unravel(e), alpha, unravel(flat_alpha + e), sigma)
+    )(noise)
+    return jnp.where(jnp.all(is_shifted), error, jnp.nan)
 
 
 def _sample_noise(

@@ -11,13 +11,13 @@ from jaxtyping import Array, PyTree
 from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
 from ..cost import HVP_COST, cost_stats
-from ..cost.counts import count_batch
 from ..implicit_diff import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
 from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..problem_checks import check_alpha_has_gradient, check_problem
+from ..products import Loss
 from ..trees import add_scale, all_finite, scale
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
@@ -76,7 +76,7 @@ class Penalty(eqx.Module):
 
     Cost: two inner solves, three if symmetric; the nudged ones need an outer gradient
       per step. Three more inner gradients. With K outer losses each nudged solve is
-      made K times, as one batch in which all cost as much as the longest.
+      made K times, one after the other and each with one of the losses.
     Memory: three vectors like ``w``, and that of the solver.
     Target: argmin.
     Bias: falls as ``1 / l``, or as ``1 / l^2`` if symmetric. The errors of the solves
@@ -180,7 +180,9 @@ class Penalty(eqx.Module):
             value,
             hypergradient,
             w,
-            flags={"biased": True} | lost_derivative_flags(problem, w, alpha),
+            flags={"biased": True}
+            | _convergence_flags([solver_stats, *nudged_stats])
+            | lost_derivative_flags(problem, w, alpha),
             inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
             num_inner_steps=solver_stats["num_steps"],
             **self._costs(data, solver_stats, nudged_stats, num_grads, value.size),
@@ -204,12 +206,12 @@ class Penalty(eqx.Module):
         """Minimizes ``L + sign M / l`` for each of the outer losses."""
         loss, batch = problem.inner_loss, data.inner_batch()
 
-        def solve(init_w: PyTree, weights: Array) -> NudgedSolution:
-            outer_loss = lambda w, alpha: jnp.sum(
-                weights * problem.outer_value(w, alpha, outer_batch)
+        def solve(init_w: PyTree, outer_loss: Loss) -> NudgedSolution:
+            outer_value = lambda w, alpha: jnp.asarray(
+                outer_loss(w, alpha, outer_batch), dtype=float
             )
             nudged_loss = lambda w, alpha, batch: (
-                loss(w, alpha, batch) + sign / self.strength * outer_loss(w, alpha)
+                loss(w, alpha, batch) + sign / self.strength * outer_value(w, alpha)
             )
             w0 = problem.init_inner(init_w, alpha)
             w, solver_stats = self.solver.solve(
@@ -218,13 +220,18 @@ class Penalty(eqx.Module):
             return NudgedSolution(
                 w,
                 jax.grad(loss, argnums=1)(w, alpha, batch),
-                jax.grad(outer_loss, argnums=1)(w, alpha),
+                jax.grad(outer_value, argnums=1)(w, alpha),
                 solver_stats,
             )
 
-        weights = jnp.eye(len(problem.outer_losses))
-        weights = weights.reshape(2 * problem.value_shape)
-        return problem.for_each_loss(solve)(init_w, weights)
+        if problem.num_objectives is None:
+            return solve(init_w, problem.outer_losses[0])
+        # In a sum with weights 0 and 1 a NaN of one loss would reach the others.
+        solutions = [
+            solve(jax.tree.map(lambda x, k=k: x[k], init_w), outer_loss)
+            for k, outer_loss in enumerate(problem.outer_losses)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
 
     def _costs(
         self,
@@ -238,12 +245,11 @@ class Penalty(eqx.Module):
 
         Every call of the inner loss in a nudged solve also calls the outer loss.
         """
-        total = lambda name: sum(count_batch(stats[name]) for stats in nudged_stats)
+        total = lambda name: sum(jnp.sum(stats[name]) for stats in nudged_stats)
         # Counts are passes over the data, but a mini-batch step needs a whole gradient
-        # of the outer loss; a solve for one of K losses evaluates all, K - 1 of them
-        # with the weight 0.
+        # of the outer loss.
         num_nudged_grads = sum(
-            count_batch(jnp.maximum(stats["num_grads"], stats["num_steps"]))
+            jnp.sum(jnp.maximum(stats["num_grads"], stats["num_steps"]))
             for stats in nudged_stats
         )
         fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
@@ -255,7 +261,14 @@ class Penalty(eqx.Module):
             num_hvps=solver_stats["num_hvps"] + total("num_hvps"),
             num_values=solver_stats["num_values"] + total("num_values"),
             num_outer_grads=fraction
-            * num_objectives
             * (num_nudged_grads + HVP_COST * total("num_hvps") + num_direct),
-            num_outer_values=fraction * num_objectives * (total("num_values") + 1),
+            num_outer_values=fraction * (total("num_values") + num_objectives),
         )
+
+
+def _convergence_flags(stats_of_solves: list[InnerStats]) -> dict[str, Array]:
+    """Returns the flag ``not_converged`` of a solver that reports its convergence."""
+    if "converged" not in stats_of_solves[0]:
+        return {}
+    has_stopped_early = [jnp.any(stats["converged"] == 0) for stats in stats_of_solves]
+    return {"not_converged": jnp.any(jnp.stack(has_stopped_early))}

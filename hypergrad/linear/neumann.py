@@ -10,7 +10,15 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..method_summary import MethodSummary
-from ..trees import add_scale, norm, safe_norm, scalar_dtype, scale
+from ..trees import (
+    add_scale,
+    cast_like,
+    norm,
+    safe_norm,
+    scalar_dtype,
+    scale,
+    widen,
+)
 from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 
@@ -30,7 +38,7 @@ class Neumann(SymmetricSolver):
 
     Cost:
       ``num_terms - 1`` Hessian-vector products, and ten more to estimate the step size.
-    Memory: two vectors like ``w``.
+    Memory: two vectors like ``w``, in float32 at least.
     Bias:
       The relative error falls as ``q^K`` with ``q = max |1 - step_size * lambda|``. For
       ``q >= 1`` the series diverges and its residual is large.
@@ -95,10 +103,14 @@ class Neumann(SymmetricSolver):
             stats["num_shared"] = NUM_POWER_ITERATIONS
             stats["ritz_max"] = eig_max
 
+        # In bfloat16 the small terms of a long series would not change the sum.
+        like, vector = vector, widen(vector)
+
         def add_term(carry, _):
             # (I - s H)^{k+1} b = (I - s H) (I - s H)^k b
             term, total = carry
-            term = add_scale(term, -step_size, state.mv(term))
+            product = state.mv(cast_like(term, like))
+            term = add_scale(term, -step_size, product)
             return (term, optax.tree.add(total, term)), None
 
         (last_term, total), _ = jax.lax.scan(
@@ -109,7 +121,7 @@ class Neumann(SymmetricSolver):
             lx.RESULTS.successful,
             lx.RESULTS.max_steps_reached,
         )
-        return scale(step_size, total), result, stats
+        return cast_like(scale(step_size, total), like), result, stats
 
 
 def estimate_largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:

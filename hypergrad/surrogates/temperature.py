@@ -43,14 +43,16 @@ def temperature_from_scores(
       score of the true class less the best other score.
 
     This mean bounds the gap of `Accuracy` and `AUC` to their exact values. The mean
-    slope is between ``gap / 2`` and ``gap``, of at most 1/4, because ``sigmoid(-x) / 2
-    <= sigmoid'(x) <= sigmoid(-x)``: it does not vanish however far apart the classes
-    are. The temperature scales with the scores, and an outlier changes it by at most
-    its share. 128 quantiles of each class stand for the pairs.
+    slope is between half of this mean and the mean, of at most 1/4, because
+    ``sigmoid(-x) / 2 <= sigmoid'(x) <= sigmoid(-x)``: it does not vanish however far
+    apart the classes are. The temperature scales with the scores, and an outlier
+    changes it by at most its share. 128 quantiles of each class stand for the pairs.
 
-    With a threshold and targets, ``gap`` is relative to the rarer class if that is less
-    than half, because precision, recall, F-beta and Dice compare the tails of many
-    negatives with few positives.
+    With a threshold and targets, ``gap`` is relative to the rarer class, because
+    precision, recall, F-beta and Dice compare the tails of many negatives with few
+    positives: the mean that is reached is ``2 r gap``, where r is the part of the rarer
+    class in the weight (``gap`` if a class is missing). With 1% of positives it is
+    ``gap / 50``, and so is the upper bound of the mean slope.
 
     Args:
       scores: Scores [n], [n, C], or of any shape with a threshold. For labels or
@@ -65,8 +67,9 @@ def temperature_from_scores(
 
     Returns:
       A scalar above 0 in the dtype of the scores, without a derivative. It is 1 if all
-      differences are 0, and at least ``gap / 5`` times the median of ``|d|``; the gap
-      is larger if tiny differences make this bound active.
+      differences are 0, and at least ``gap / 5`` times the median of ``|d|``, or with a
+      threshold and targets ``2 r gap / 5`` times the median. The mean is larger if tiny
+      differences make this bound active.
 
     Compute the temperature once, outside of the outer loss, keep it in the outer data,
     and lower it by ``outer_data_fn`` of `OuterLoop`. Within the loss it would move with

@@ -122,6 +122,42 @@ def test_one_sided_penalties_of_several_losses_equal_the_closed_form():
     np.testing.assert_allclose(estimate.hypergradient, expected, 1e-9)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_loss_that_is_undefined_leaves_the_others_as_they_are(symmetric):
+    """The entropy of ``w`` has no derivative at the zero from which a run starts."""
+    inner_loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    outer_loss = lambda w, alpha, batch: jnp.sum(w**2)
+    entropy = lambda w, alpha, batch: jnp.sum(w * jnp.log(w))
+    estimator = hg.Penalty(hg.Newton(), 100.0, symmetric=symmetric)
+    estimate, estimate_of_both = (
+        hg.hypergradient(hg.Bilevel(inner_loss, losses), estimator)(
+            jnp.zeros(2), jnp.ones(2)
+        )
+        for losses in (outer_loss, (outer_loss, entropy))
+    )
+    h = estimate_of_both.hypergradient[0]
+    np.testing.assert_allclose(h, estimate.hypergradient, 1e-9)
+    assert estimate_of_both.flags["not_converged"]
+
+
+def test_the_penalty_reports_a_nudged_solve_that_stopped_early():
+    """Two Newton steps minimize a quadratic, but not the second of these losses."""
+    inner_loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    easy = lambda w, alpha, batch: jnp.sum(w**2)
+    hard = lambda w, alpha, batch: jnp.sum(jnp.cosh(3 * w))
+    flags = [
+        hg.hypergradient(hg.Bilevel(inner_loss, losses), hg.Penalty(solver, 10.0))(
+            jnp.zeros(2), jnp.ones(2)
+        ).flags["not_converged"]
+        for solver, losses in [
+            (hg.Newton(max_steps=2), (easy, easy)),
+            (hg.Newton(max_steps=2), (easy, hard)),
+            (hg.Newton(), (easy, hard)),
+        ]
+    ]
+    assert flags == [False, True, False]
+
+
 @pytest.mark.parametrize(
     ("symmetric", "batch_size"),
     [(True, None), (False, 8)],
@@ -446,7 +482,7 @@ def test_persistent_evolution_counts_all_gradients_of_a_step():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_penalty_counts_the_evaluations_of_all_outer_losses(symmetric):
-    """A solve for one of two losses evaluates both, one of them with weight 0."""
+    """A solve for one of two losses evaluates this one alone."""
     num_calls = 0
 
     def count(w):
@@ -481,14 +517,28 @@ def count_newton_products(outer_loss):
     return estimate.stats["num_hvps"]
 
 
-def test_a_batch_of_nudged_solves_counts_as_often_as_its_slowest():
-    """Under `jax.vmap` every solve makes as many products as the slowest one."""
+def test_the_nudged_solves_of_several_losses_count_one_by_one():
+    """They are made one after the other, each with as many products as it needs."""
     losses = lambda w, alpha, batch: w[0], lambda w, alpha, batch: jnp.sum(w**2)
     num_shared = count_newton_products(lambda w, alpha, batch: 0 * w[0]) / 2
     num_nudged = [count_newton_products(loss) - num_shared for loss in losses]
     assert num_nudged[0] != num_nudged[1]
-    expected = num_shared + 2 * max(num_nudged)
-    assert count_newton_products(losses) == expected
+    assert count_newton_products(losses) == num_shared + sum(num_nudged)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 10.0])
+@pytest.mark.parametrize("name", ["Evolution", "PersistentEvolution"])
+def test_the_standard_error_is_nan_below_the_rounding_of_alpha(name, sigma):
+    """In bfloat16, 30 + sigma e rounds to 30 for a small sigma."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha["a"].astype(jnp.float32)) ** 2),
+        lambda w, alpha, batch: jnp.sum(w * alpha["b"]),
+    )
+    # Both leaves in one vector are float32.
+    alpha = {"a": jnp.full(3, 30, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}
+    estimator = getattr(hg, name)(hg.Descent(optax.sgd(0.5), 1), sigma, 4)
+    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(3, jnp.float32), alpha)
+    assert jnp.isnan(estimate.stats["standard_error"]) == (sigma < 0.1)
 
 
 class DescentToTolerance(eqx.Module):

@@ -311,6 +311,15 @@ def test_neumann_is_the_explicit_sum(num_terms):
     assert stats["num_products"] == num_terms - 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_long_series_reaches_the_solution_in_a_short_dtype(dtype):
+    """A sum in bfloat16 stalls where a term is below half a unit in its last place."""
+    H, b = jnp.diag(jnp.array([1.0, 0.01], dtype)), jnp.ones(2, dtype)
+    v, _ = compute(hg.Neumann(1000, 1.0), H, b)
+    assert v.dtype == dtype
+    np.testing.assert_allclose(np.asarray(v, float), [1, 100], rtol=0.01)
+
+
 @pytest.mark.parametrize(
     ("step_size", "q"), [(0.1, 1 - 0.1 * 0.5), (0.199, abs(1 - 0.199 * 10.0))],
     ids=["smallest eigenvalue", "largest eigenvalue"],

@@ -47,10 +47,12 @@ class Step(eqx.Module):
       value: Outer value; a scalar.
       direction: Estimate of the hypergradient, structured like ``alpha``.
       w: Inner variable at which ``value`` and ``direction`` were evaluated.
-      inner_grad: ``dL/dw`` or an estimate of it; its norm is reported.
+      inner_grad: ``dL/dw`` before the first step of ``w``, or an estimate of it; its
+        norm is reported as ``inner_grad_norm``.
       counts: Cost of the step in passes over the data, as keyword arguments of
         `hypergrad.cost.cost_stats`, such as ``{"num_hvps": 0.1}``.
-      residual: ``H v - b`` of a method with an adjoint; its relative norm is reported.
+      residual: ``H v - b`` of a method with an adjoint, before its first step of ``v``;
+        its relative norm is reported as ``adjoint_residual``.
       b: ``dM/dw``, to which ``residual`` is relative.
       num_inner_steps: Number of steps of ``w``.
       standard_error: Relative standard error of a direction that is a mean of samples.
@@ -76,6 +78,16 @@ class SingleLoop(eqx.Module):
     statistics (`estimate`), and steps of ``w`` and ``v`` along given directions
     (`move_w`, `move_v`). Estimates are never `trusted`, because one step does not solve
     the inner problem; ``certify_every`` of `hypergrad.OuterLoop` checks them.
+
+    The statistic ``inner_grad_norm`` is the norm of ``Step.inner_grad``. No gradient is
+    evaluated for it alone: `AmIGO`, `F2SA`, `PZOBO`, `StocBiO` and `TTSA` report the
+    norm of ``dL/dw`` before the first inner step of an outer step, on its batch,
+    `DARTS` and `FSLA` the norm before their step of ``w``, and `SOBA` and `BOME` the
+    norm at the ``w`` of the estimate, on a batch. `MRBO`, `SABA`, `SRBA`, `SUSTAIN` and
+    `VRBO` report the norm of the estimate of ``dL/dw`` along which they move ``w``.
+    More inner steps in the same outer step do not change a norm before them, but over
+    the outer steps it shows whether ``w`` keeps up with ``alpha``. The
+    ``adjoint_residual`` is likewise that before the steps of ``v``.
 
     A subclass may add fields after ``optimizer``. A field ``adjoint_optimizer`` moves
     ``v``; without one, or if it is None, ``optimizer`` moves both.

@@ -33,7 +33,8 @@ class DARTS(SingleLoop):
     ``b = dM/dw(w')`` and ``epsilon = 0.01 / ||b||``. The first-order direction is
     ``dM/dalpha`` at ``w``, without an indirect term. In the first outer step ``w`` does
     not move (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first. The
-    ``value`` of a second-order step is that of the virtual ``w'``, and not of ``w``.
+    ``value`` of a second-order step is that of the virtual ``w'``, and not of ``w``;
+    ``inner_grad_norm`` is that before the step of ``w``.
 
     In bfloat16 and float16, ``w + epsilon b`` would often round to ``w``. The inner
     loss is therefore evaluated with ``w+``, ``w-`` and ``alpha`` in float32 at least.

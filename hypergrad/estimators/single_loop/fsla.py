@@ -42,7 +42,9 @@ class FSLA(SingleLoop):
         d_t = D(t) + momentum (d_{t-1} - D(t-1)),   D = dM/dalpha - J' v
 
     ``D(t-1)`` is evaluated at the end of the previous step on the batches of ``D(t)``.
-    `minimize` moves ``alpha`` along ``d_t``.
+    `minimize` moves ``alpha`` along ``d_t``. The statistics ``inner_grad_norm`` and
+    ``adjoint_residual`` are those of ``dL/dw`` and ``H v - b`` in these lines, each
+    before the step that is made along it.
 
     Args:
       optimizer: Optax transformation for ``w``.

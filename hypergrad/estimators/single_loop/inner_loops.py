@@ -13,7 +13,7 @@ from ...linear.neumann import Neumann
 from ...problem import Bilevel, EstimateData
 from ...products import cross_vjp, hvp
 from ...runtime.all_cores import loss_on_all_cores
-from ...trees import add_scale, scale
+from ...trees import add_scale, cast_like, scale, widen
 from .base import SingleLoop, SingleLoopState
 
 #: One or more pairs ``(w, alpha)``.
@@ -31,7 +31,7 @@ def run_inner_steps(
     """Makes ``num_steps`` steps of ``w`` along ``dL/dw``, each on a fresh batch.
 
     Returns:
-      The state after the steps, and the gradient of the first step.
+      The state after the steps, and the gradient before the first step, on its batch.
     """
 
     def make_step(state, key, k):
@@ -58,7 +58,7 @@ def run_adjoint_steps(
     """Makes ``num_steps`` steps of ``v`` along ``H v - b``, each on a fresh batch.
 
     Returns:
-      The state after the steps, and the residual ``H v - b`` of the first step.
+      The state after the steps, and the residual ``H v - b`` before the first step.
     """
 
     def make_step(state, key, k):
@@ -159,10 +159,13 @@ class StochasticNeumann(eqx.Module):
         product_key, length_key = jax.random.split(key)
         keys = jax.random.split(product_key, self.num_terms)
 
+        # In bfloat16 the small terms of a long series would not change the sum.
+        init_ps = widen(bs)
+
         def next_term(point, p, batch):
             w, alpha = point
             # p <- (I - eta H_k) p
-            Hp = hvp(problem.inner_loss, w, alpha, batch, p)
+            Hp = hvp(problem.inner_loss, w, alpha, batch, cast_like(p, w))
             return add_scale(p, -self.step_size, Hp)
 
         def next_terms(k, ps):
@@ -173,11 +176,11 @@ class StochasticNeumann(eqx.Module):
 
         if self.has_random_length:
             num_products = jax.random.randint(length_key, (), 0, self.num_terms)
-            ps = jax.lax.fori_loop(0, num_products, next_terms, bs)
+            ps = jax.lax.fori_loop(0, num_products, next_terms, init_ps)
             # v = K eta prod_{i <= p} (I - eta H_i) b
             factor = self.num_terms * self.step_size
             vs = tuple(scale(factor, p) for p in ps)
-            return vs, num_products
+            return cast_like(vs, bs), num_products
 
         def add_terms(k, carry):
             ps, totals = carry
@@ -185,10 +188,11 @@ class StochasticNeumann(eqx.Module):
             return ps, optax.tree.add(totals, ps)
 
         num_products = self.num_terms - 1
-        _, totals = jax.lax.fori_loop(0, num_products, add_terms, (bs, bs))
+        init = init_ps, init_ps
+        _, totals = jax.lax.fori_loop(0, num_products, add_terms, init)
         # v = eta sum_{k < K} prod_{i <= k} (I - eta H_i) b
         vs = tuple(scale(self.step_size, total) for total in totals)
-        return vs, jnp.asarray(num_products)
+        return cast_like(vs, bs), jnp.asarray(num_products)
 
 
 def alpha_direction(

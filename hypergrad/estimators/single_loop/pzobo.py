@@ -12,6 +12,7 @@ from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, norm_ratio, random_like, scale, vdot
 from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error
+from ..evolution import is_resolved
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import run_inner_steps
 
@@ -31,10 +32,14 @@ class PZOBO(SingleLoop):
         ``w``, ``num_steps`` of them per outer step.
       num_steps: Number m of inner steps per outer step.
       num_directions: Number n of random vectors.
-      sigma: Size of the differences of ``alpha``. Defaults to 0.01.
+      sigma: Size of the differences of ``alpha``. It must be well above the rounding of
+        ``alpha``, and change ``w_m`` by well more than the rounding of ``w``. Defaults
+        to 0.01.
 
     The statistic ``standard_error`` is the relative standard error over the random
-    vectors.
+    vectors; ``inner_grad_norm`` is that before the first of the m steps. The standard
+    error is NaN if rounding changes the difference of an entry of ``alpha`` by
+    more than ``sigma / 10``, and it does not contain the rounding errors of ``w``.
 
     Cost: ``(n + 1) m`` gradients and one outer gradient on a batch each; no
       Hessian-vector product.
@@ -104,18 +109,22 @@ class PZOBO(SingleLoop):
         def response(key):
             # <(w_m(alpha + sigma u) - w_m(alpha)) / sigma, b> u
             u = random_like(key, alpha)
-            shifted_state, _ = run(add_scale(alpha, self.sigma, u))
+            shifted_alpha = add_scale(alpha, self.sigma, u)
+            shifted_state, _ = run(shifted_alpha)
             change = optax.tree.sub(shifted_state.w, w)
-            return scale(vdot(change, b) / self.sigma, u)
+            shift = scale(self.sigma, u)
+            is_shifted = is_resolved(shift, alpha, shifted_alpha, self.sigma)
+            return scale(vdot(change, b) / self.sigma, u), is_shifted
 
         keys = jax.random.split(data.inner_key, self.num_directions)
-        responses = jax.vmap(response)(keys)
+        responses, is_shifted = jax.vmap(response)(keys)
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), responses)
         # dM/dalpha + mean_j <...> u_j
         direction = optax.tree.add(direct, indirect)
         # The sampled part is the indirect term; the error is relative to the direction.
         relative_error = standard_error(responses, indirect, is_multi_objective=False)
         relative_error *= norm_ratio(indirect, direction)
+        relative_error = jnp.where(jnp.all(is_shifted), relative_error, jnp.nan)
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {

@@ -20,6 +20,7 @@ from hypergrad.estimators.single_loop import (
     batch_fractions,
     sample_batches,
 )
+from hypergrad.estimators.single_loop.inner_loops import StochasticNeumann
 from hypergrad.products import hvp_and_cross_vjp
 from hypergrad.testing import RepeatedSteps
 from tests.estimators.single_loop.problems import (
@@ -260,6 +261,32 @@ def test_standard_error_of_pzobo_does_not_depend_on_the_unit_of_the_outer_loss()
 
     assert standard_error(1e-22) == pytest.approx(standard_error(1.0), rel=1e-3)
     assert standard_error(1.0) > 0.01
+
+
+@pytest.mark.parametrize("sigma", [0.01, 10.0])
+def test_standard_error_of_pzobo_is_nan_below_the_rounding_of_alpha(sigma: float):
+    """In bfloat16, 30 + sigma u rounds to 30 for a small sigma."""
+    method = hg.PZOBO(SGD, 3, 4, sigma=sigma)
+    problem = scaled_outer(1.0)
+    w, alpha = jnp.zeros(3, jnp.float32), jnp.full(3, 30.0, jnp.bfloat16)
+    state = method.init(problem, w, alpha)
+    estimate_fn = jax.jit(method.estimate)
+    estimate, _ = estimate_fn(problem, state, alpha, jax.random.key(0))
+    assert jnp.isnan(estimate.stats["standard_error"]) == (sigma < 0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_long_stochastic_series_reaches_the_solution(dtype: str):
+    """A sum in bfloat16 stalls where a term is below half a unit in its last place."""
+    curvatures = jnp.array([1.0, 0.01], dtype)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * jnp.sum(curvatures * w**2), outer_loss
+    )
+    series, w = StochasticNeumann(1.0, 1000), jnp.zeros(2, dtype)
+    points, bs = ((w, w),), (jnp.ones(2, dtype),)
+    (v,), _ = series.solve(problem, points, bs, problem.inner_data, jax.random.key(0))
+    assert v.dtype == dtype
+    np.testing.assert_allclose(np.asarray(v, float), [1, 100], rtol=0.01)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
