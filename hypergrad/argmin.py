@@ -23,6 +23,7 @@ from .lost_derivative_checks import check_no_lost_derivative
 from .minimum_checks import gradient_scale, is_stationary
 from .problem_checks import check_scalar_loss
 from .products import Loss, cross_jvp, hvp
+from .shard_map_checks import check_same_on_devices
 from .trees import apply_unless, hash_normal, max_machine_eps, safe_norm, scale
 from .validation import (
     as_input_arrays,
@@ -110,6 +111,10 @@ def argmin(
             )
         init_w, loss = remove_keys(w0), bind_keys_to_function(inner_loss, keys_of(w0))
         check_scalar_loss("inner_loss", loss, init_w, alpha, batch)
+        check_same_on_devices(
+            (w0, alpha, batch),
+            lambda: {"w0": w0, "inner_loss": loss(init_w, alpha, batch)},
+        )
         run_solver = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
         shapes = jax.eval_shape(run_solver, init_w)
         check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)

@@ -44,6 +44,7 @@ from .problem_checks import (
     check_sample_is_known,
 )
 from .products import hvp
+from .shard_map_checks import check_problem_on_devices
 from .trees import all_finite, safe_norm
 from .validation import (
     as_input_arrays,
@@ -248,12 +249,12 @@ def certify(
     )
     problem, parameters = bind_keys(problem, w)
     check_on_shapes(check_certifiable, problem, parameters, alpha)
+    key = as_key(key)
+    check_problem_on_devices(problem, parameters, alpha, key)
     if hypergradient is not None:
         _check_hypergradient(problem, hypergradient, alpha)
     numbers = num_newton_steps, rtol, strong_convexity
-    certificate = _certify(
-        problem, parameters, alpha, hypergradient, *numbers, as_key(key)
-    )
+    certificate = _certify(problem, parameters, alpha, hypergradient, *numbers, key)
     corrected_w = restore_keys(certificate.corrected_w, problem.keys_of_w)
     return dataclasses.replace(certificate, corrected_w=corrected_w)
 

@@ -19,12 +19,14 @@ from .estimators.base import (
 from .keys_in_w import bind_keys, restore_keys
 from .problem import Bilevel
 from .problem_checks import check_init, check_problem_type
+from .shard_map_checks import check_problem_on_devices
 from .validation import (
     as_input_arrays,
     as_key,
     check_estimator_type,
     check_no_nan,
     floats_to_arrays,
+    is_traced,
 )
 
 
@@ -32,7 +34,9 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     """Returns the compiled function ``(w, alpha, key=None) -> Estimate``.
 
     The function starts the inner solver at ``w``. It may itself be jitted and vmapped.
-    Calls with the same objects and shapes share one compiled program.
+    Its results cannot be differentiated, because their derivatives are NaN; use
+    `argmin` for higher derivatives. Calls with the same objects and shapes share one
+    compiled program.
 
     Args:
       problem: The problem.
@@ -40,6 +44,7 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
 
     Raises:
       TypeError, ValueError: An argument is invalid; raised before anything is compiled.
+      TypeError: ``w`` or a loss varies over mesh axes of `jax.shard_map`.
       TypeError: The estimator is a single-loop method, of which a single step is
         meaningless; use `minimize`.
 
@@ -81,6 +86,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
                 check_init(estimator, *bind_keys(problem, w), alpha)
                 checked_shapes.add(shapes)
         key = default_key if key is None else as_key(key)
+        if is_traced(arrays, leaves, key):
+            check_problem_on_devices(*bind_keys(problem, w), alpha, key)
         return _estimate(static_part, arrays, w, alpha, key)
 
     return estimate_fn

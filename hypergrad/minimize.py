@@ -36,6 +36,7 @@ from .problem_checks import (
 )
 from .progress import Progress
 from .recording import Metric, check_metrics
+from .shard_map_checks import check_problem_on_devices
 from .trace import Trace
 from .validation import (
     as_input_arrays,
@@ -263,7 +264,9 @@ class OuterLoop(eqx.Module):
         """
         w, alpha = as_input_arrays(w, alpha)
         self._check_inputs(w, alpha)
-        return outer_step.init_state(self, w, alpha, as_key(key))
+        key = as_key(key)
+        check_problem_on_devices(*bind_keys(self.problem, w), alpha, key)
+        return outer_step.init_state(self, w, alpha, key)
 
     def step(self, state: OuterState) -> tuple[OuterState, StepRecord]:
         """Makes one step; pure, and usable inside ``jit``, ``scan`` and ``vmap``.

@@ -156,7 +156,8 @@ def _make_trainer(
     """Returns the trainer of a population, after checks at a sampled ``alpha``."""
     check_iterative_solver(solver)
     alpha = spaces.sample(space, jax.random.key(0))
-    return make_trainer(_make_setup(problem, solver, w, alpha, metrics), alpha, space)
+    setup = _make_setup(problem, floats_to_arrays(solver), w, alpha, metrics)
+    return make_trainer(setup, alpha, space)
 
 
 def _check_arguments(

@@ -22,6 +22,7 @@ from .search_trial import TrialRecord, fits_budget
 from .searchers.populations import PopulationSearcher, Round, Trainer, rank_by_value
 from .trace import FAILED, Trace
 from .trees import is_key, to_numpy
+from .validation import floats_to_arrays
 
 RoundCallback = Callable[[dict], None]
 
@@ -72,7 +73,10 @@ def search_rounds(
     description, state = "", None
     if round_callback is not None or previous_rounds:
         description = describe_search(searcher, trainer, key)
-    searcher, trainer, key = _copy_to_all_devices((searcher, trainer, key))
+    # Bounds of the space that are Python numbers stay constants of the programs: as
+    # inputs they would change the last bits of earlier runs.
+    shared = floats_to_arrays(searcher), trainer, key
+    searcher, trainer, key = _copy_to_all_devices(shared)
     if previous_rounds:
         state = restore_state(previous_rounds[-1], searcher, trainer, key, description)
     while True:
@@ -129,9 +133,12 @@ def _best_member(new_round: Round) -> BestMember:
 
 def _copy_to_all_devices(shared: PyTree) -> PyTree:
     """Copies arrays to all devices, except those that are on all devices already."""
+    arrays, static = eqx.partition(shared, eqx.is_array)
+    arrays = jax.tree.map(jnp.asarray, arrays)  # numbers of NumPy are on no device
     num_devices = jax.device_count()
-    is_done = lambda x: not eqx.is_array(x) or len(x.devices()) == num_devices
-    return jax.tree.map(lambda x: x if is_done(x) else shard(x), shared)
+    is_done = lambda x: len(x.devices()) == num_devices
+    arrays = jax.tree.map(lambda x: x if is_done(x) else shard(x), arrays)
+    return eqx.combine(arrays, static)
 
 
 # The state as a dictionary of arrays.

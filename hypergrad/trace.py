@@ -64,7 +64,9 @@ class Trace(ResultModule):
         row for the last of each ``record_every`` steps; its costs are those of all.
       row_kind: What a row is: ``"step"`` in `minimize`, and in `search` ``"trial"``,
         for which "step" above stands as well.
-      state: State from which `minimize` continues, or None after a search.
+      state: State from which `minimize` continues, or None after a search. It shares
+        arrays with ``w`` and ``best_alpha``: a program to which it is donated
+        (``donate_argnums`` of `jax.jit`) deletes these.
 
     >>> import optax, hypergrad as hg
     >>> inner = lambda w, alpha, batch: (w - alpha) ** 2

@@ -81,7 +81,8 @@ class Interval(BoundedSpace):
 
     Args:
       low, high: Finite bounds with ``low < high``: scalars or arrays that broadcast to
-        the leaf. They are data, so that new bounds trace nothing.
+        the leaf. They are data, so that new bounds trace nothing; searchers that train
+        populations trace again unless the bounds are arrays.
       log: Whether ``log(alpha)`` instead of ``alpha`` is interpolated, and sampled
         uniformly; needs ``low > 0``. Static. Defaults to False.
       shape: Shape of the leaf, for searches. Defaults to ``()``: a search then proposes
@@ -284,7 +285,7 @@ class Box(BoundedSpace):
 
     Args:
       low, high: Bounds with ``low <= high``, infinite for an open side: scalars or
-        arrays that broadcast to the leaf. They are data.
+        arrays that broadcast to the leaf. They are data, as in `Interval`.
       shape: Shape of the leaf, for searches. Defaults to ``()``.
 
     Raises:

@@ -31,6 +31,7 @@ from hypergrad.runtime.devices import replicate, run_on_first_process
 from hypergrad.tasks import federated as federated_task
 from hypergrad.tasks import few_shot
 from tests.loops import run_loop, to_bytes
+from tests.reliability.shard_map_cases import SHARD_MAP_CASES
 
 N, D, BATCH = 88, 7, 16  # 88 rows are a multiple of 8, and no other size here is 88
 TOLERANCE = 1e-4  # of the solves that stop by one
@@ -342,6 +343,7 @@ OTHER_CASES = {
     "interrupted": run_interrupted,
     "sharded batches": run_sharded_batches,
     "documentation": run_documentation,
+    **SHARD_MAP_CASES,
 }
 
 

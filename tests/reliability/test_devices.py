@@ -63,6 +63,13 @@ def test_eight_devices_give_the_hypergradients_of_one():
         check_close(name, *results)
 
 
+def test_programs_per_device_give_the_numbers_of_one_or_an_error():
+    """Under shard_map: independent problems, split data, and losses that vary."""
+    names = "independent problems;split data;varying losses"
+    for name, results in read_results(start(2, "float64", names)).items():
+        check_close(name, *results)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", RTOL)
 def test_eight_devices_give_all_numbers_of_one(dtype: str):

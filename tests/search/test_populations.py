@@ -492,3 +492,55 @@ def test_an_alpha_that_only_sets_the_starting_point_is_refused_by_pbt():
         search_rates(
             PopulationBasedTraining(4), lambda alpha: optax.sgd(0.1), init_fn=init_fn
         )
+
+
+@pytest.mark.parametrize("name", ["pbt", "halving", "hyperband", "one shot"])
+def test_numpy_numbers_give_the_trace_of_jax_arrays(name: str):
+    """In the space, the perturbation of the searcher and the arrays of a metric."""
+    metric = lambda scale, w, alpha, key: scale @ w
+
+    def run(xp):
+        searchers = {
+            "pbt": PopulationBasedTraining(2, perturbation=xp.float32(0.1)),
+            "halving": SuccessiveHalving(2, eta=2),
+            "hyperband": Hyperband(eta=2),
+            "one shot": hg.searchers.OneShot(2),
+        }
+        bounds = xp.log(xp.asarray(0.5)), xp.log(xp.asarray([2.0, 3.0]))
+        space = {"center": hg.spaces.Interval(*bounds, shape=(2,))}
+        return search(
+            searchers[name], 2, space=space,
+            metrics={"m": jax.tree_util.Partial(metric, xp.ones(2))}, budget=12,
+        )  # fmt: skip
+
+    chex.assert_trees_all_equal(run(np), run(jnp))
+
+
+@pytest.mark.parametrize("name", ["pbt", "halving", "one shot"])
+def test_new_numbers_of_a_population_compile_nothing(name: str):
+    """New arrays as bounds, and new numbers of the searcher and of the solver."""
+    counts = []
+
+    def counted_loss(w, alpha, batch):
+        counts.append(1)
+        return outer_loss(w, alpha, batch)
+
+    problem = hg.Bilevel(PROBLEM.inner_loss, counted_loss)
+
+    def run(number):
+        bounds = jnp.array([-number, number])
+        searchers = {
+            "pbt": PopulationBasedTraining(2, perturbation=number),
+            "halving": SuccessiveHalving(2, eta=2),
+            "one shot": hg.searchers.OneShot(2),
+        }
+        space = {"center": hg.spaces.Interval(*bounds, shape=(2,))}
+        solver = HeavyBall(number, 2)
+        options = {"solver": solver, "problem": problem, "space": space, "budget": 12}
+        return search(searchers[name], **options)
+
+    run(0.5)
+    num_traces = len(counts)
+    trace = run(0.25)
+    assert len(counts) == num_traces
+    assert jnp.all(jnp.abs(trace.best_alpha["center"]) <= 0.25)
