@@ -61,6 +61,10 @@ NO_GRADIENT_ADVICE = (
     "zero (the leaf may enter the optimizer or the start); use hg.Unrolled, or take it "
     "out of alpha"
 )
+CERTIFY_ADVICE = (
+    "so there is no certificate, which compares with implicit differentiation; certify "
+    "where every leaf of alpha enters a loss, as without a learned rate"
+)
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
 #: Largest last change, as a fraction of ``rtol``. If each step changes the
@@ -272,7 +276,7 @@ def _check_hypergradient(
 def check_certifiable(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
     """Raises an error unless implicit differentiation applies to a problem."""
     check_problem(problem, w, alpha)
-    check_alpha_has_gradient(problem, w, alpha, None, NO_GRADIENT_ADVICE)
+    check_alpha_has_gradient(problem, w, alpha, None, CERTIFY_ADVICE)
 
 
 @eqx.filter_jit

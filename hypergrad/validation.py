@@ -152,7 +152,8 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
             f"{name}."
         )
     if not jax.tree.leaves(tree):
-        raise ValueError(f"{name} must hold at least one array; it has no leaves.")
+        kind = type(tree).__name__
+        raise ValueError(f"{name} must hold at least one array; got {kind} without one.")
 
     def with_strong_dtype(path, leaf):
         if is_key(leaf) or (isinstance(leaf, jax.Array) and not leaf.weak_type):

@@ -153,7 +153,7 @@ def test_a_metric_of_a_search_is_evaluated_in_every_trial():
 
 
 def test_a_metric_of_a_search_is_that_of_the_best_trial():
-    """The lowest value is that of the first trial, and the lowest metric of the last."""
+    """The first trial has the lowest value, and the last one the lowest metric."""
     trace = hg.search(
         *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
         space=hg.spaces.Box(2.0, 4.0),
