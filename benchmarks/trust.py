@@ -30,20 +30,25 @@ until then. The rule for the last step was made stricter after they had been mea
 once. The table then showed that `Implicit` refused a quarter of the accurate estimates
 of these two families by negative curvature. The rule that tries its direction again at
 the corrected ``w`` was chosen on them with other seeds; diagonal networks, whose minima
-form surfaces, were held back until it was fixed. All of these have at most 40
-parameters. Errors that were hidden with more of them led to the rule that a Newton step
-confirms an estimate, chosen on quadratics of 60 to 200 parameters; the two wide
-families were held back until it was fixed. Their sizes were chosen on another seed, for
-the time that they take.
+form surfaces, were held back until it was fixed, and rules were made stricter after
+they had been measured. All of these have at most 40 parameters. Errors that were hidden
+with more of them led to the rule that a Newton step confirms an estimate, chosen on
+quadratics of 60 to 200 parameters; the two wide families were held back until it was
+fixed. Their sizes were chosen on other seeds, for the time that they take; with 60 and
+100 features 600 cases of wide ridge regression on three such seeds had shown no false
+trust, and 94% of the accurate ones trusted, before this table was run.
 
 *Checks.* By default at most 6 of 1,000 trusted estimates are false, with a certificate
-at most 1 of 1,000. No decision that changes with the units is a false trust.
+at most 1 of 1,000, of those in this table. No decision that changes with the units is a
+false trust.
 
 *Claims.* At least 98% of the accurate estimates are trusted, by default and by the
 certificate, and at least 97% of the error estimates of a certificate are sharp. At most
-5% of the decisions change with the units, by default and by the certificate. The shares
-of accurate and sharp ones stood among the checks when the table was first run, which
-the certificate then failed.
+5% of the decisions change with the units, by default and by the certificate. A claim is
+supported if the exact binomial interval of 95% lies within the bound; the two
+precisions of a problem count as two cases. The shares of accurate and sharp ones stood
+among the checks when the table was first run, which the certificate then failed, and
+until the wide families were added the shares alone decided.
 """
 
 import functools
@@ -53,6 +58,7 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 import optax
+from scipy import stats
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Check, Finding, MeasurementTable, Row, select
@@ -62,7 +68,7 @@ from hypergrad.trust_problems import FAMILIES
 
 NUM_PROBLEMS = 100
 DTYPES = "float64", "float32"
-HELD_BACK = "diagonal network", "wide logistic", "wide ridge"
+HELD_BACK = "wide logistic", "wide ridge"
 MAX_CHANGED = 0.05
 NO_STEPS = hg.Descent(optax.sgd(0.0), 0)
 METHODS = {
@@ -119,6 +125,12 @@ def share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
 
 
+def exact_interval(part: int, whole: int) -> tuple[float, float]:
+    """Returns the interval of a share of 95% by Clopper & Pearson."""
+    interval = stats.binomtest(part, whole).proportion_ci(0.95, "exact")
+    return interval.low, interval.high
+
+
 def describe(counts: TrustCounts, units: UnitCounts) -> str:
     """Returns the columns of a line of the table."""
     return (
@@ -168,7 +180,9 @@ def has_few_false(
     def holds(rows: Sequence[Row]) -> tuple[bool, str]:
         counts = total(rows, method=method)
         is_right = counts.num_false <= max_share * counts.num_trusted
-        return is_right, f"{counts.num_false} of {counts.num_trusted}"
+        high = exact_interval(counts.num_false, counts.num_trusted)[1]
+        text = f"{counts.num_false} of {counts.num_trusted}, a share below {high:.2%}"
+        return is_right, f"{text} with 97.5% confidence"
 
     return holds
 
@@ -183,27 +197,29 @@ def findings(rows: list[Row]) -> list[Finding]:
     """Returns the outcomes of the claims."""
     outcomes = []
     for method in METHODS:
-        counts = total(rows, method=method)
-        trusted = share(counts.num_recalled, counts.num_accurate)
-        sharp = share(counts.num_sharp, counts.num_measurable)
-        texts = [
-            (f"{method}: {trusted:.3f} of the accurate ones trusted", trusted, 0.98)
-        ]
+        counts, units = total(rows, method=method), total_units(rows, method=method)
+        trusted = counts.num_recalled, counts.num_accurate
+        outcomes.append(share_claim(f"{method}: accurate ones trusted", trusted, 0.98))
         if method == "certificate":
-            texts.append((f"{method}: {sharp:.3f} of the estimates sharp", sharp, 0.97))
-        outcomes += [
-            Finding(
-                f"{text}, at least {bound} claimed",
-                "supported" if value >= bound else "not supported",
-            )
-            for text, value, bound in texts
-        ]
-        units = total_units(rows, method=method)
-        changed = share(units.num_changed, units.num_problems)
-        text = f"{method}: {changed:.3f} of the decisions changed by units"
-        verdict = "supported" if changed <= MAX_CHANGED else "not supported"
-        outcomes.append(Finding(f"{text}, at most {MAX_CHANGED} claimed", verdict))
+            sharp = counts.num_sharp, counts.num_measurable
+            outcomes.append(share_claim(f"{method}: estimates sharp", sharp, 0.97))
+        changed = units.num_changed, units.num_problems
+        label = f"{method}: decisions changed by units"
+        outcomes.append(share_claim(label, changed, at_most=MAX_CHANGED))
     return outcomes
+
+
+def share_claim(
+    label: str, counts: tuple[int, int], at_least: float = 0.0, at_most: float = 1.0
+) -> Finding:
+    """Returns whether the interval of a share lies within its bound."""
+    low, high = exact_interval(*counts)
+    bound = f"at least {at_least}" if at_least else f"at most {at_most}"
+    text = f"{label}: {share(*counts):.3f} [{low:.3f}, {high:.3f}], {bound} claimed"
+    if at_least <= low and high <= at_most:
+        return Finding(text, "supported")
+    is_contradicted = high < at_least or low > at_most
+    return Finding(text, "contradicted" if is_contradicted else "not supported")
 
 
 def plot(rows: list[Row], path: Path) -> None:
