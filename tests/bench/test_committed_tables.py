@@ -115,11 +115,12 @@ def test_a_page_counts_the_trusted_estimates_of_the_table(page: str):
     }
     text = " ".join((FOLDER.parent / page).read_text().split())
     statements = re.findall(
-        r"`Implicit` trust(?:ed|s) (\d+) and a certificate (\d+)"
-        r"|Of (\d+) estimates that `Implicit` trusts and (\d+) that a certificate",
+        r"`Implicit` trust(?:ed|s) ([\d,]+) and a certificate ([\d,]+),"
+        r"|Of ([\d,]+) estimates that `Implicit` trusts and ([\d,]+) that a certif",
         text,
     )
-    numbers = [tuple(int(x) for x in groups if x) for groups in statements]
+    to_number = lambda text: int(text.replace(",", ""))
+    numbers = [tuple(map(to_number, filter(None, groups))) for groups in statements]
     assert numbers == [(totals["default"], totals["certificate"])]
     for number in re.findall(r"of (\d+) trusted implicit", text):
         assert int(number) == totals["default"]
