@@ -271,7 +271,9 @@ FAMILIES = {
     "factorization": Family(_sample_factorization, *_with_penalty(_factorization_loss)),
     "distances": Family(_sample_distances, *_with_penalty(_distance_loss)),
     "diagonal network": Family(
-        _sample_diagonal_network, *map(_of_products, _with_penalty(_ridge_loss))
+        _sample_diagonal_network,
+        _of_products(_with_penalty(_ridge_loss)[0]),
+        _of_products(_with_penalty(_ridge_loss)[1]),
     ),
     "clustered": _spectral_family(_clustered),
     "stretched": _spectral_family(_stretched),

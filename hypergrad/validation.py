@@ -153,7 +153,9 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
         )
     if not jax.tree.leaves(tree):
         kind = type(tree).__name__
-        raise ValueError(f"{name} must hold at least one array; got {kind} without one.")
+        raise ValueError(
+            f"{name} must hold at least one array; got {kind} without one."
+        )
 
     def with_strong_dtype(path, leaf):
         if is_key(leaf) or (isinstance(leaf, jax.Array) and not leaf.weak_type):
