@@ -139,7 +139,7 @@ def _has_nan(leaf: Array) -> bool:
     """Returns True if an array is concrete and contains NaN."""
     if isinstance(leaf, Tracer) or not isinstance(leaf.dtype, np.dtype):  # a PRNG key
         return False
-    # An accelerator compares on its own, and only the outcome is transferred.
+    # An accelerator compares on its own; only the outcome is transferred.
     array = np.asarray(leaf) if is_on_host(leaf) else leaf
     return bool((array != array).any())  # only NaN differs from itself
 
@@ -152,10 +152,8 @@ def _as_arrays(name: str, tree: PyTree) -> PyTree:
             f"{name}."
         )
     if not jax.tree.leaves(tree):
-        kind = type(tree).__name__
-        raise ValueError(
-            f"{name} must hold at least one array; got {kind} without one."
-        )
+        got = f"{type(tree).__name__} without one"
+        raise ValueError(f"{name} must hold at least one array; got {got}.")
 
     def with_strong_dtype(path, leaf):
         if is_key(leaf) or (isinstance(leaf, jax.Array) and not leaf.weak_type):
