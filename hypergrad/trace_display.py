@@ -287,7 +287,7 @@ def _describe_metric(trace: "Trace", name: str) -> str:
     if best is not None and best in numbers:
         value = format_numbers(column[best])
         texts = [f"{value} at the best trial, {trace.steps[best]}"]
-    if not_numbers.size and not_numbers[-1] > numbers[-1]:
+    elif not_numbers.size and not_numbers[-1] > numbers[-1]:
         texts[0] += f", then nan at {trace.row_kind} {trace.steps[not_numbers[-1]]}"
     if len(values) > 1:
         texts += [
