@@ -126,7 +126,9 @@ def share(part: int, whole: int) -> float:
 
 
 def exact_interval(part: int, whole: int) -> tuple[float, float]:
-    """Returns the interval of a share of 95% by Clopper & Pearson."""
+    """Returns the 95% interval of a share by Clopper & Pearson; all of it for none."""
+    if whole == 0:
+        return 0.0, 1.0
     interval = stats.binomtest(part, whole).proportion_ci(0.95, "exact")
     return interval.low, interval.high
 

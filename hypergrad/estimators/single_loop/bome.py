@@ -107,7 +107,8 @@ class BOME(SingleLoop):
 
         # If grad q = 0, the constraint cannot decrease further, and mu = 0.
         # mu = max((eta ||grad q||^2 - <grad M, grad q>) / ||grad q||^2, 0)
-        # Divided by their size, the squares of grad q do not underflow.
+        # Divided by its size, grad q has squares that do not underflow; mu is
+        # multiplied by that size in turn.
         unit = power_of_two_scale(grad_q)
         grad_q = divide(grad_q, unit)
         square = vdot(grad_q, grad_q)
