@@ -27,6 +27,7 @@ from .base import LinearStats, MatVec
 from .equilibration import Scaling
 
 MIN_STEPS = 2  # after which the last change says something about the error
+DEFAULT_RTOL_EXPONENT = 0.75  # of the machine epsilon
 EXHAUSTED_RATIO = 1e-6  # of residuals in two steps, after which nothing is left
 
 
@@ -38,7 +39,8 @@ class ScaledSolution(NamedTuple):
       target_solutions: Approximate solutions for the targets, with their leading axis.
       target_residuals: What the solutions leave of the targets.
       last_change: Change of ``v`` in the last two steps; zero if ``b - H v`` is down to
-        rounding or fell by 1e-6 in them, because the Krylov space is then exhausted.
+        rounding or fell by 1e-6 in them, because the Krylov space is then exhausted,
+        as it is after as many steps as dimensions with a residual of ``eps^(3/4)``.
         It is multiplied by the number of pairs of steps that may follow, k / 4 after k
         steps, but no more than half of the dimensions that are left, and by 1 at least.
       residual: ``||S (b - H v)|| / ||S b||`` by the recurrence.
@@ -132,7 +134,7 @@ def scaled_cg(
     """
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
     dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
-    rtol = eps**0.75 if rtol is None else rtol
+    rtol = eps**DEFAULT_RTOL_EXPONENT if rtol is None else rtol
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), MIN_STEPS)
     if targets is None:
@@ -166,7 +168,7 @@ def scaled_cg(
         v=unscale(x),
         target_solutions=unscale_all(scaling.multiply, state.solutions),
         target_residuals=unscale_all(scaling.divide, state.targets),
-        last_change=unscale(_last_change(state, dimension, rounding)),
+        last_change=unscale(_last_change(state, dimension, b_norm, eps)),
         residual=jnp.where(b_norm == 0, 0.0, residual / b_norm),
         curvature_min=state.curvature_min,
         curvature_max=state.curvature_max,
@@ -258,10 +260,13 @@ def _step(matvec: MatVec, state: _State) -> _State:
     )
 
 
-def _last_change(state: _State, dimension: int, rounding: Array) -> PyTree:
+def _last_change(state: _State, dimension: int, b_norm: Array, eps: float) -> PyTree:
     """Returns `ScaledSolution.last_change`, in the coordinates of ``S H S``."""
-    has_error = jnp.sqrt(state.rr) > 10 * rounding
+    residual = jnp.sqrt(state.rr)
+    has_error = residual > 40 * eps * b_norm
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
+    is_solved = residual <= eps**DEFAULT_RTOL_EXPONENT * b_norm
+    has_error &= ~((state.num_steps >= dimension) & is_solved)
     num_pairs = jnp.minimum(state.num_steps / 4, (dimension - state.num_steps) / 2)
     num_changes = jnp.maximum(num_pairs, 1.0)
     change = optax.tree.add(state.change, state.prev_change)

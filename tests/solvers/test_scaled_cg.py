@@ -139,6 +139,26 @@ def test_the_last_change_is_that_of_two_steps_times_the_pairs_to_come():
     np.testing.assert_array_equal(exact.last_change, 0)
 
 
+@pytest.mark.parametrize(
+    ("residual", "num_steps", "num_changes"), [(5e-6, 9, 0), (5e-6, 8, 1), (1e-5, 9, 1)]
+)
+def test_no_change_is_left_after_as_many_steps_as_dimensions_that_solve_the_system(
+    residual, num_steps, num_changes
+):
+    """In float32 ``eps^(3/4)`` is 6.4e-6; two steps before, the residual was 1e-2."""
+    b = jnp.ones(9, jnp.float32)
+    state, _ = scaled_cg_module._init_state(lambda x: x, b[None], None)
+    state = state._replace(
+        rr=jnp.float32(residual**2),
+        earlier_rr=jnp.float32(1e-4),
+        num_steps=jnp.asarray(num_steps),
+        change=b,
+    )
+    eps = float(jnp.finfo(jnp.float32).eps)
+    change = scaled_cg_module._last_change(state, 9, jnp.float32(1.0), eps)
+    np.testing.assert_array_equal(change, num_changes * b)
+
+
 @pytest.mark.parametrize("exponent", [0, 4])
 def test_negative_curvature_is_met(exponent):
     H, b, _, _ = random_system(30, exponent, lowest=-0.1)
