@@ -89,15 +89,8 @@ def argmin(
     >>> round(float(gradient), 4)
     1.0
     """
-    if not callable(inner_loss):
-        raise TypeError(
-            "inner_loss must be a function (w, alpha, batch) -> scalar; got "
-            f"{inner_loss!r}."
-        )
-    check_hashable("inner_loss", inner_loss)
-    check_solver(solver)
     linear_solver = MINRES() if linear_solver is None else linear_solver
-    check_linear_solver(linear_solver)
+    _check_arguments(inner_loss, solver, linear_solver)
 
     def solution_fn(
         w0: PyTree, alpha: PyTree, batch: PyTree = None, key: Array | None = None
@@ -123,6 +116,20 @@ def argmin(
         return restore_keys(solve(init_w, (alpha, batch, *arrays)), keys_of(w0))
 
     return solution_fn
+
+
+def _check_arguments(
+    inner_loss: Loss, solver: InnerSolver, linear_solver: lx.AbstractLinearSolver
+) -> None:
+    """Raises TypeError or ValueError if an argument of `argmin` is invalid."""
+    if not callable(inner_loss):
+        raise TypeError(
+            "inner_loss must be a function (w, alpha, batch) -> scalar; got "
+            f"{inner_loss!r}."
+        )
+    check_hashable("inner_loss", inner_loss)
+    check_solver(solver)
+    check_linear_solver(linear_solver)
 
 
 def _make_differentiable_solve(loss, solver, linear_solver, key):

@@ -93,17 +93,25 @@ def temperature_from_scores(
     True True
     """
     check_in_interval("gap", gap, 0.1)
-    if threshold is not None:
+    if threshold is None:
+        differences, weights = _score_differences(scores, targets, where, weights)
+    else:
         differences, weights, gap = _threshold_differences(
             scores, targets, threshold, gap, where, weights
         )
-    else:
-        is_multiclass = np.ndim(scores) == 2
-        find_differences = _class_differences if is_multiclass else _pair_differences
-        differences, weights = find_differences(scores, targets, where, weights)
-        gap = jnp.asarray(gap, differences.dtype)
-    distances = jnp.abs(differences)
-    return _solve_temperature(*jax.lax.stop_gradient((distances, weights, gap)))
+    system = (jnp.abs(differences), weights, jnp.asarray(gap, differences.dtype))
+    return _solve_temperature(*jax.lax.stop_gradient(system))
+
+
+def _score_differences(
+    scores: ArrayLike,
+    targets: ArrayLike | None,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Returns the differences of pairs of scores, or of classes, and their weights."""
+    find_differences = _class_differences if np.ndim(scores) == 2 else _pair_differences
+    return find_differences(scores, targets, where, weights)
 
 
 def _solve_temperature(
