@@ -3,7 +3,7 @@
 `make peers` installs the PyTorch libraries, each in an environment of its own; `python
 -m benchmarks.peers.tuning` chooses what *w1-whole* leaves open, and `hypergrad
 run peer_speed` measures, both with nothing else running; `python -m
-benchmarks.peers.readme docs/results.md` writes the section of that page.
+benchmarks.peers.page docs/other_libraries.md` writes the section of that page.
 
 *Measured again* as a whole, with the settings of w1-whole chosen again, since an
 estimate by defaults includes the estimate of its own error. Two things were stated

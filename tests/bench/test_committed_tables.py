@@ -145,7 +145,16 @@ def test_the_page_of_results_claims_what_the_tables_support():
 INTERVAL = re.compile(r"\[([+-]?[\d.]+), ([+-]?[\d.]+)\]")
 
 
-@pytest.mark.parametrize("name", ["results.md", "choose.md", "report/report.typ"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "results.md",
+        "other_libraries.md",
+        "published.md",
+        "choose.md",
+        "report/report.typ",
+    ],
+)
 def test_each_interval_of_a_page_is_in_a_table(name: str):
     """The page may print percentage points, and a gain of the other side."""
     texts = [path.read_text() for path in (FOLDER / "results").glob("*.md")]

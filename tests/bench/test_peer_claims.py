@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import peer_speed
-from benchmarks.peers import claims, harness, readme
+from benchmarks.peers import claims, harness, page
 from benchmarks.peers.work import WORKS
 
 ROOT = Path(__file__).parents[2]
@@ -127,25 +127,25 @@ def test_the_table_and_the_section_have_rows_and_reasons(tmp_path):
     assert "| higher | out of memory |  | 5 of 6 |" in text
     assert "| ours | 5e-08 / **1e-07** / 9e-07 | 0.01 | 5 of 6 |" in text
     assert "a processor, 2 cores, 16 GiB, float32" in text
-    section = readme.section(rows)
+    section = page.section(rows)
     assert section.count("\n| ") == len(claims.CLAIMS)
     assert "| w4 | peak, MB | **1** | 1.3e+03 | met |  |  |" in section
     assert section.count(" jax 1.2") == section.count("hypergrad-jax 0.9") == 1
-    page = "before\n<!-- results: peers -->\nstale\n<!-- end of results -->\nafter\n"
-    written = readme.rewrite(page, rows)
-    assert written == page.replace("stale\n", section)
-    assert "stale" not in readme.rewrite(page, [])
+    text = "before\n<!-- results: peers -->\nstale\n<!-- end of results -->\nafter\n"
+    written = page.rewrite(text, rows)
+    assert written == text.replace("stale\n", section)
+    assert "stale" not in page.rewrite(text, [])
     of(rows, "w1-solve", "moskomule")["library_versions"] = {"hypergrad": "0.0.1"}
-    assert "moskomule 0.0.1" in readme.section(rows)
+    assert "moskomule 0.0.1" in page.section(rows)
     peer_speed.plot(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_the_page_of_results_says_what_the_rows_do():
-    """Else run python -m benchmarks.peers.readme docs/results.md."""
-    text = (ROOT / "docs/results.md").read_text()
+def test_the_page_of_other_libraries_says_what_the_rows_do():
+    """Else run python -m benchmarks.peers.page docs/other_libraries.md."""
+    text = (ROOT / "docs/other_libraries.md").read_text()
     assert "<!-- results: peers -->" in text
-    assert readme.rewrite(text, readme.committed_rows()) == text
+    assert page.rewrite(text, page.committed_rows()) == text
 
 
 def test_a_work_is_measured_as_a_whole(monkeypatch):

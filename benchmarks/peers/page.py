@@ -1,6 +1,6 @@
-"""The comparison with other libraries in docs/results.md, from the committed rows.
+"""The comparison in docs/other_libraries.md, from the committed rows.
 
-``python -m benchmarks.peers.readme docs/results.md`` replaces the section.
+``python -m benchmarks.peers.page docs/other_libraries.md`` replaces the section.
 """
 
 import re
