@@ -222,8 +222,8 @@ def certify(
     Cost:
       Per Newton step two solves, each to 1e-6 of its own right-hand side; eight
       products for the scaling; a probe of as many as the longest solve, 20 to 1,000;
-      eight more if the solve of the last Newton step fails or ``dL/dw`` increases; an
-      outer gradient per Newton step and another one.
+      nine more if the solve of the last Newton step fails or ``dL/dw`` increases; an
+      outer gradient per Newton step and another one, or two without an estimate.
     Memory:
       Ten vectors like ``w``.
     Bias:

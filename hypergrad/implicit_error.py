@@ -319,13 +319,15 @@ def estimate_error(
         parts, terms, new_w, new_b, new_direct, reads_w
     )
     is_suspect = reads_w & ~(model_errors <= scaled_norm(result.inner_grad))
-    grad_scale, value, num_scale_products = scales_of_rounding(
-        problem.inner_loss, w, alpha, batch, jnp.any(is_suspect)
+    grad_scale, root, num_scale_products = scales_of_rounding(
+        problem.inner_loss, w, alpha, batch, scaling, jnp.any(is_suspect)
     )
-    rounding = gradient_rounding(grad_scale, value, scaling)
+    rounding = gradient_rounding(grad_scale, root, scaling)
     is_wrong = is_suspect & ~(model_errors <= rounding)
     changes = jnp.where(is_wrong, jnp.inf, errors.relative_change)
-    num_negative = jnp.sum(terms.is_negative & (terms.curvature_min < 0))
+    # All losses make the product if one of them needs it.
+    is_checked = terms.is_negative & (terms.curvature_min < 0)
+    num_negative = is_checked.size * jnp.any(is_checked)
     num_products = NUM_ERROR_PRODUCTS * len(losses) + num_negative + num_scale_products
     errors = errors._replace(relative_change=changes)
     return jax.tree.map(jnp.max, errors), num_products

@@ -17,6 +17,35 @@ from .stopped_shifts import Stopped
 MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
 COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
 
+#: Operations on floats whose derivative is zero wherever it exists.
+PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
+
+#: Operations that only move or convert a value, so that a maximum stays one.
+LAYOUT = {
+    "broadcast_in_dim", "convert_element_type", "copy", "max", "reshape", "select_n",
+    "squeeze", "transpose", "stop_gradient",
+}  # fmt: skip
+
+#: Calls of a jaxpr, whose values are those of the operands and results.
+CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"}
+
+#: Operations with jaxprs within a parameter.
+HAS_JAXPRS = {"cond", "custom_linear_solve"}
+
+#: Operations in which an integer is a number, no index. The second is `jnp.ldexp`.
+WITH_INTEGERS = {"pow", "call_hi_primitive"}
+
+#: Operations with a derivative rule of their own, whose jaxpr is not entered.
+CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+
+#: Functions by the names of their jaxprs whose results count as constants. The sign of
+#: the gamma function changes only at its poles.
+CONSTANTS = {"without_derivative", "gammasgn"}
+
+#: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
+#: with complete derivatives that a rounding, a comparison or an index chooses.
+PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "expm", "sinc"}
+
 
 def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:
     """Returns, for each leaf of ``args``, whether ``f`` uses it."""
@@ -90,7 +119,8 @@ def _all_inner_jaxprs(equation: Any) -> list[Any]:
 def locations_of_ties(jaxpr: Any) -> set[str]:
     """Returns the locations of maxima whose derivative the function itself computes.
 
-    The derivative of a maximum compares its operands, at the location of the maximum.
+    The derivative of a maximum compares its operands, at the location of the maximum,
+    and that of ``abs`` compares its operand with 0.
     """
     maxima, comparisons = set(), set()
     jaxprs = [(jaxpr, "", False)]
@@ -100,7 +130,7 @@ def locations_of_ties(jaxpr: Any) -> set[str]:
             name, source = equation.primitive.name, equation.source_info
             location = location_of_call or summarize(source)
             is_derivative = is_derivative_call or "jvp" in str(source.name_stack)
-            if name in MAXIMA:
+            if name in MAXIMA or name == "abs":
                 maxima.add(location)
             elif name in COMPARISONS and is_derivative:
                 comparisons.add(location)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .batches import full_batch, sample_batch
-from .lost_derivatives import LostDerivative, find_lost_derivatives
+from .dependence import LostDerivative
+from .lost_derivatives import find_lost_derivatives
 from .problem import Bilevel
 from .products import Loss
 from .trees import vdot

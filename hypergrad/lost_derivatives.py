@@ -13,7 +13,7 @@ at their word, and so is `without_derivative`.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,18 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
+from .dependence import NONE, Dependence, LostDerivative
 from .jaxpr import (
+    CALLS,
     COMPARISONS,
+    CONSTANTS,
+    CUSTOM_RULES,
+    HAS_JAXPRS,
+    LAYOUT,
     MAXIMA,
+    PIECEWISE_CONSTANT,
+    PIECEWISE_SMOOTH,
+    WITH_INTEGERS,
     inner_jaxprs,
     is_of_jax,
     is_operand_of_branch,
@@ -47,106 +56,8 @@ from .stopped_shifts import (
     varying_axes,
 )
 
-
-class LostDerivative(NamedTuple):
-    """A derivative that JAX takes for zero.
-
-    Attributes:
-      leaf: Index of the input leaf.
-      operation: Name of the operation, such as "stop_gradient".
-      location: File, line and function of the operation.
-    """
-
-    leaf: int
-    operation: str
-    location: str
-
-
-class Dependence(NamedTuple):
-    """The dependence of a value on the inputs.
-
-    Attributes:
-      leaves: Input leaves from which a derivative arrives.
-      lost: Derivatives that were lost on the way. The value of an integer depends on
-        the inputs through these only.
-      selectors: Derivatives that predicates and indices have lost.
-      is_maximum: True if the value is a maximum, whose stopped gradient may be the
-        shift of a stable softmax.
-      shift: The stopped maxima that have not cancelled in the value.
-      number: Number of the value, which equal values share; None for no number.
-      constant: The value, if all its elements are the same literal.
-      repeated: Axes along which a broadcast has repeated the value.
-    """
-
-    leaves: frozenset[int] = frozenset()
-    lost: frozenset[LostDerivative] = frozenset()
-    selectors: frozenset[LostDerivative] = frozenset()
-    is_maximum: bool = False
-    shift: Shift = NO_SHIFT
-    number: Any = None
-    constant: float | None = None
-    repeated: frozenset[int] = frozenset()
-
-    @property
-    def is_constant(self) -> bool:
-        """True if no derivative arrives, and none was lost or stopped on the way."""
-        return not (self.leaves or self.lost or self.shift.terms)
-
-    def with_stopped(self) -> "Dependence":
-        """Returns the dependence with the derivatives that stopped maxima have lost."""
-        stopped = (value.lost for value, _ in self.shift.terms)
-        return self._replace(lost=self.lost.union(*stopped), shift=NO_SHIFT)
-
-    def selected_by(self, other: "Dependence") -> "Dependence":
-        """Returns the dependence of a value that an integer or a predicate selects.
-
-        Among constants, such as the 0 and 1 of a count, the choice is all that the
-        value says of the inputs, and its derivative is lost. An order is none: weights
-        that are sorted by scores belong to the scores that are sorted with them.
-        """
-        choices = other.selectors | other.lost
-        if not (self.leaves or self.shift.terms):
-            orders = {x for x in choices if x.operation == "sort"}
-            return self._replace(
-                lost=self.lost | (choices - orders), selectors=self.selectors | orders
-            )
-        return self._replace(selectors=self.selectors | choices)
-
-
-NONE = Dependence()
-
-
-#: Operations on floats whose derivative is zero wherever it exists.
-PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
-
-#: Operations that only move or convert a value, so that a maximum stays one.
-LAYOUT = {
-    "broadcast_in_dim", "convert_element_type", "copy", "max", "reshape", "select_n",
-    "squeeze", "transpose", "stop_gradient",
-}  # fmt: skip
-
-#: Calls of a jaxpr, whose values are those of the operands and results.
-CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"}
-
-#: Operations with jaxprs within a parameter.
-HAS_JAXPRS = {"cond", "custom_linear_solve"}
-
-#: Operations in which an integer is a number, no index. The second is `jnp.ldexp`.
-WITH_INTEGERS = {"pow", "call_hi_primitive"}
-
 #: Numbers of values of which nothing is known.
 NEW_NUMBERS = itertools.count()
-
-#: Operations with a derivative rule of their own, whose jaxpr is not entered.
-CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
-
-#: Functions by the names of their jaxprs whose results count as constants. The sign of
-#: the gamma function changes only at its poles.
-CONSTANTS = {"without_derivative", "gammasgn"}
-
-#: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
-#: with complete derivatives that a rounding, a comparison or an index chooses.
-PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "expm", "sinc"}
 
 
 def find_lost_derivatives(
@@ -174,7 +85,7 @@ def find_lost_derivatives(
     inputs = [x for x, used in zip(inputs, is_used, strict=True) if used]
     results = [x.with_stopped() for x in _trace_jaxpr(jaxpr, inputs)]
     leaves, lost, selectors, *_ = _merge(results)
-    ties = locations_of_ties(jaxpr)
+    ties = locations_of_ties(closed_jaxpr.jaxpr)
     is_tie = lambda x: x.operation in COMPARISONS and x.location in ties
     lost = frozenset(x for x in lost if not (is_tie(x) and x.leaf in leaves))
     return leaves, lost | {x for x in selectors if x.leaf not in leaves}
@@ -212,7 +123,22 @@ def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]
         results = _with_numbers(_trace_equation(equation, operands), equation, operands)
         results = [_with_location(x, equation, operands) for x in results]
         table.update(zip(equation.outvars, results, strict=True))
+        table.update(_stored(equation, operands))
     return [read(x) for x in jaxpr.outvars]
+
+
+def _stored(equation: Any, operands: list[Dependence]) -> dict[Any, Dependence]:
+    """Returns the dependence of each mutable array, if an equation may change it.
+
+    What an inner jaxpr stores is not followed; its derivative counts as lost.
+    """
+    refs = [x for x in equation.invars if type(x.aval).__name__ == "AbstractRef"]
+    if not refs or equation.primitive.name == "get":
+        return {}
+    stored = _merge([x.with_stopped() for x in operands])
+    if equation.primitive.name not in ("swap", "addupdate"):
+        stored = _lose(equation, stored)
+    return dict.fromkeys(refs, stored)
 
 
 def _with_number(dependence: Dependence) -> Dependence:
@@ -297,9 +223,9 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     if name == "sort":
         num_keys = params["num_keys"]
         operands = list(map(_another_value, operands))
-        keys, values = operands[:num_keys], operands[num_keys:]
-        order = _lose(equation, _merge(keys))
-        return [_merge(keys)] * num_keys + [x.selected_by(order) for x in values]
+        keys, values = _merge(operands[:num_keys]), operands[num_keys:]
+        order = _lose(equation, keys if keys.leaves else keys.as_ranks())
+        return [keys] * num_keys + [x.selected_by(order) for x in values]
     if name == "cond":
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
         results = map(_merge, zip(*branches, strict=True))
@@ -401,6 +327,8 @@ def _trace_operation(
 ) -> Dependence:
     """Returns the dependence of one result of an operation without inner jaxprs."""
     name = equation.primitive.name
+    if name.startswith("scatter") and not any(x.leaves for x in operands):
+        operands = [x.as_ranks() for x in operands]
     dtypes = [x.aval.dtype for x in equation.invars]
     is_float = [jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes]
     floats = list(itertools.compress(operands, is_float))
@@ -421,7 +349,7 @@ def _trace_operation(
         if name in WITH_INTEGERS:
             total = total._replace(lost=total.lost | choice.lost)
         if not floats:  # a cast from integers
-            total = choice
+            total = choice.as_number()
         is_maximum = name in MAXIMA or (
             name in LAYOUT and all(x.is_maximum for x in floats if x[:3] != NONE[:3])
         )

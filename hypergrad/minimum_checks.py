@@ -14,8 +14,10 @@ from .products import Loss, value_and_hvp
 from .trees import (
     add_scale,
     apply_unless,
+    cast_like,
     divide,
     hash_normal,
+    norm_ratio,
     power_of_two_scale,
     safe_norm,
     scale,
@@ -92,40 +94,60 @@ def within_rounding(w: PyTree) -> PyTree:
 
 
 def scales_of_rounding(
-    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, is_needed: Array
+    loss: Loss,
+    w: PyTree,
+    alpha: PyTree,
+    batch: PyTree,
+    scaling: Scaling,
+    is_needed: Array,
 ) -> tuple[PyTree, Array, Array]:
     """Returns what the rounding errors of ``dL/dw`` are proportional to.
 
-    These are `gradient_scale` and ``|L|``, and the number of products made for them.
-    All three are zero unless ``is_needed``.
+    These are `gradient_scale` and ``(r |L|)^(1/2)`` with the norm r of a row of ``S H
+    S``, and the number of products made for them. All three are zero unless
+    ``is_needed``.
 
-    Cost: `NUM_SCALE_PROBES` products if needed.
+    Cost: `NUM_SCALE_PROBES` products and one more if needed.
     """
-    # Each product evaluates the loss anyway; the mean of its equal values is the value.
-    product = lambda v: value_and_hvp(loss, w, alpha, batch, v)
-    zeros = optax.tree.zeros_like(jax.eval_shape(product, w))
-    mean_abs = lambda zeros: _mean_abs_products(product, w, zeros)
-    value, mean_product = apply_unless(~is_needed, mean_abs, zeros)
-    num_products = jnp.where(is_needed, NUM_SCALE_PROBES, 0)
-    return _normal_deviation(mean_product), value, num_products
+
+    def probe(i, carry):
+        total, value, _ = carry
+        is_last, z = i == NUM_SCALE_PROBES, hash_normal(i, w)
+        factors = optax.tree.where(is_last, scaling.s, w)
+        v = cast_like(jax.tree.map(jnp.multiply, factors, z), w)
+        # Each product evaluates the loss anyway.
+        value, Hv = value_and_hvp(loss, w, alpha, batch, v)
+        add = lambda total, x: total + jnp.where(is_last, 0, jnp.abs(x))
+        # The entries of S H S z have the norms of its rows as standard deviations.
+        row_norm = norm_ratio(scaling.multiply(Hv), z)
+        return jax.tree.map(add, total, Hv), jnp.abs(value), row_norm
+
+    num_probes = NUM_SCALE_PROBES + 1
+    init = optax.tree.zeros_like(jax.eval_shape(probe, 0, (w, 0.0, 0.0)))
+    measure = lambda init: jax.lax.fori_loop(0, num_probes, probe, init)
+    total, value, row_norm = apply_unless(~is_needed, measure, init)
+    grad_scale = _normal_deviation(scale(1 / NUM_SCALE_PROBES, total))
+    root = jnp.sqrt(row_norm) * jnp.sqrt(value)
+    return grad_scale, root, jnp.where(is_needed, num_probes, 0)
 
 
-def gradient_rounding(grad_scale: PyTree, value: Array, scaling: Scaling) -> Array:
+def gradient_rounding(grad_scale: PyTree, root: Array, scaling: Scaling) -> Array:
     """Returns a norm of ``S dL/dw`` up to which ``w`` counts as stationary.
 
-    It is ``eps^(3/4) (||S q|| + |L|^(1/2))`` with the ``q`` of `gradient_scale`. The
-    first term is the rounding of ``H w``, the second one that of the gradient ``X'r``
-    of a sum of squares ``L = ||r||^2 / 2`` whose residuals ``r`` do not vanish. Neither
-    units of ``w`` nor a factor of ``L`` change what it means, because rows of ``S H S``
-    have about unit norm; a constant that is added to ``L`` raises it.
+    It is ``eps^(3/4) (||S q|| + (r |L|)^(1/2))`` with the ``q`` of `gradient_scale` and
+    the norm r of a row of ``S H S``. The first term is the rounding of ``H w``, the
+    second one that of the gradient ``X'e`` of a sum of squares ``L = ||e||^2 / 2``
+    whose residuals ``e`` do not vanish: ``S X'X S`` has rows of norm r. Neither units
+    of ``w`` nor a factor of ``L`` change what it means; a constant that is added to
+    ``L`` raises it.
 
     Args:
-      grad_scale, value: From `scales_of_rounding`.
+      grad_scale, root: From `scales_of_rounding`.
       scaling: ``S``.
     """
     tol = lambda x: float(jnp.finfo(x.dtype).eps) ** 0.75
     scaled = scaling.multiply(jax.tree.map(lambda q: tol(q) * q, grad_scale))
-    rounding = safe_norm(scaled) + tol(value) * jnp.sqrt(jnp.abs(value))
+    rounding = safe_norm(scaled) + tol(root) * root
     return jnp.where(jnp.isfinite(rounding), rounding, 0.0)
 
 

@@ -118,15 +118,15 @@ def check_correction(
     scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
     new_norm = scaled_norm(correction.result.inner_grad)
     is_increased = new_norm > scaled_norm(inner_grad)
-    grad_scale, value, num_products = scales_of_rounding(
-        loss, w, alpha, batch, ~is_solved | is_increased
+    grad_scale, root, num_products = scales_of_rounding(
+        loss, w, alpha, batch, scaling, ~is_solved | is_increased
     )
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
     newton_stats = newton_stats | {
         "is_solved": is_solved | is_rounding,
         "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
     }
-    is_increased &= new_norm > gradient_rounding(grad_scale, value, scaling)
+    is_increased &= new_norm > gradient_rounding(grad_scale, root, scaling)
     return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)
 
 

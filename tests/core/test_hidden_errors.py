@@ -200,6 +200,19 @@ def test_a_point_that_oscillates_around_a_kink_is_not_trusted(dtype, rest):
     assert not certificate.trusted
 
 
+@pytest.mark.parametrize(("factor", "unit"), [(1e-6, 1e-4), (1e6, 1e4), (1e-6, 1e4)])
+def test_a_kink_is_found_in_any_units(factor, unit):
+    """``w`` and the loss are multiplied; in float32 at the point of the test above."""
+    inner = lambda w, alpha, batch: factor * kink(unit * w, alpha, batch)
+    outer = lambda w, alpha, batch: jnp.sum(unit * w)
+    problem, alpha = hg.Bilevel(inner, outer), jnp.full(3, 0.5, "float32")
+    w = jnp.full(3, 0.05 / unit, "float32")
+    estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+    np.testing.assert_allclose(estimate.hypergradient, 1.0, rtol=1e-3)
+    assert estimate.flags["inner_error"]
+    assert hg.certify(problem, w, alpha, estimate).flags["larger_gradient"]
+
+
 def ridge_loss(w, alpha, batch):
     X, y = batch
     squares = jnp.sum((X @ w + jnp.sum(alpha) - y) ** 2)
