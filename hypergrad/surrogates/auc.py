@@ -127,7 +127,8 @@ class SquaredHingeAUC(Surrogate):
     def smooth_value(self, examples, temperature):
         """Returns ``1 - mean_ij max(0, u_j - u_i)^2`` with ``u = s / T - y``."""
         positive_weights, negative_weights = _normalized_weights(examples)
-        has_weight, targets = examples.weights > 0, examples.targets
+        has_weight = without_derivative(examples.weights) > 0
+        targets = examples.targets
         # The order of u, in which items of weight 0 come last.
         u, rounding_error = sum_and_rounding_error(
             *without_derivative((examples.scores, -temperature * targets))

@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from ..trees import power_of_two_below, without_derivative
@@ -153,7 +152,8 @@ class FastAP(RankingSurrogate):
 
     def _binned_average_precision(self, row: Examples) -> Scalar:
         positive_weights, weights = row.positive_weights, row.weights
-        position = self._bin_positions(row.scores, weights > 0)
+        has_weight = without_derivative(weights) > 0
+        position = self._bin_positions(row.scores, has_weight)
         # The lowest score is at the last center, as the right end of the last bin.
         left_bin = without_derivative(jnp.floor(position)).astype(int)
         left_bin = jnp.clip(left_bin, 0, self.num_bins - 2)
@@ -265,7 +265,8 @@ class SoftRankAP(RankingSurrogate):
         """Returns ``mean_i r+_i / r_i``."""
         # Smoothing mixes ranks whose distance is below the inverse temperature. With
         # weights of mean 1 this does not depend on their unit.
-        num_items = jnp.sum(jnp.where(row.weights > 0, 1.0, 0.0))
+        has_weight = without_derivative(row.weights) > 0
+        num_items = jnp.sum(has_weight.astype(row.weights.dtype))
         mean_weight = safe_divide(jnp.sum(row.weights), num_items)
         weights = safe_divide(row.weights, mean_weight)
         positive_weights = safe_divide(row.positive_weights, mean_weight)
@@ -295,7 +296,7 @@ def _interpolation_gradient(row: Examples, temperature: Array) -> Vector:
     r_i`` (Smith's rule), so that adding ``T dL/dr`` to the costs ``w s`` adds ``T dL/dr
     / w`` to the scores.
     """
-    row = lax.stop_gradient(row)
+    row = without_derivative(row)
     scores, weights, positive_weights = row.scores, row.weights, row.positive_weights
 
     def hard_ranks(sort_keys, *weights):
@@ -313,4 +314,4 @@ def _interpolation_gradient(row: Examples, temperature: Array) -> Vector:
     # still moves an item past an equal one.
     sort_keys = sum_and_rounding_error(scores, temperature * slope)
     (perturbed_rank,) = hard_ranks(sort_keys, weights)
-    return lax.stop_gradient(weights * (rank - perturbed_rank) / temperature)
+    return without_derivative(weights * (rank - perturbed_rank) / temperature)

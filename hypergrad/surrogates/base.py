@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Float
 
 from ..trees import power_of_two_below, without_derivative
@@ -198,7 +197,7 @@ def negligible_weight(weights: Array) -> Scalar:
 
     A weighted sum of sigmoids below it consists of their tails.
     """
-    weights = lax.stop_gradient(weights)
+    weights = without_derivative(weights)
     min_weight = jnp.min(jnp.where(weights > 0, weights, jnp.inf))
     limits = jnp.finfo(weights.dtype)
     rounding_error = limits.eps * jnp.where(jnp.isfinite(min_weight), min_weight, 1)

@@ -251,6 +251,7 @@ class DetectionAP(RankingSurrogate):
 
 def _has_more_matches(matches: Vector, num_true: Scalar) -> Bool[Array, ""]:
     """Returns True if matches exceed true boxes by more than the rounding error."""
+    matches, num_true = without_derivative((matches, num_true))
     slack = matches.size * jnp.finfo(matches.dtype).eps
     # True for NaN too.
     return ~(jnp.sum(matches) * (1 - slack) <= num_true)

@@ -14,6 +14,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..trees import without_derivative
+from ..validation import is_traced
+
 Scalar = Float[Array, ""]
 Vector = Float[Array, " n"]
 
@@ -77,9 +80,9 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
     """Returns scores, gains of at least 0, mask and weights, all of one shape."""
     scores = _float_scores(scores)
     targets = _targets_like(scores, targets)
-    mask, weights = _mask_and_weights(where, weights, scores.shape, scores.dtype)
+    mask, weights, counted = _count_examples(where, weights, scores.shape, scores.dtype)
     is_valid = _valid_values(
-        "targets", targets, where, lambda x: x >= 0, "gains of at least 0"
+        "targets", targets, counted, lambda x: x >= 0, "gains of at least 0"
     )
     targets = targets.astype(scores.dtype)
     return _make_examples(scores, targets, mask, weights, is_valid)
@@ -87,7 +90,7 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
 
 def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
     """Returns scores [n, C], and targets [n] in 0..C-1 with mask and weights [n]."""
-    scores, targets = _float_scores(scores), _as_array("targets", targets)
+    scores, targets = _float_scores(scores), as_array("targets", targets)
     if scores.ndim != 2 or scores.shape[1] < 2:
         raise ValueError(
             f"scores must have shape [n, classes] with at least 2 classes; got "
@@ -107,10 +110,12 @@ def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
         )
     if jnp.iinfo(targets.dtype).bits < 32:  # which may not hold the number of classes
         targets = targets.astype(jnp.int32)
-    mask, weights = _mask_and_weights(where, weights, targets.shape, scores.dtype)
+    mask, weights, counted = _count_examples(
+        where, weights, targets.shape, scores.dtype
+    )
     is_class = lambda x: (x >= 0) & (x < num_classes)
     requirement = f"in 0..{num_classes - 1}"
-    is_valid = _valid_values("targets", targets, where, is_class, requirement)
+    is_valid = _valid_values("targets", targets, counted, is_class, requirement)
     return _make_examples(scores, targets, mask, weights, is_valid)
 
 
@@ -122,7 +127,7 @@ def class_examples(scores, targets, where=None, weights=None) -> Examples:
 
 def as_temperature(temperature: ArrayLike, dtype: Any) -> Scalar:
     """Returns a positive scalar of that dtype, NaN if it is traced and not positive."""
-    array = _as_array("temperature", temperature)
+    array = as_array("temperature", temperature)
     if array.shape != ():
         raise ValueError(
             f"temperature must be a scalar; got shape {array.shape}. Use jax.vmap for "
@@ -148,7 +153,8 @@ def check_in_interval(name: str, value: Any, upper: float) -> None:
         raise ValueError(f"{name} must be in (0, {upper}]; got {value}.")
 
 
-def _as_array(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: ArrayLike) -> Array:
+    """Returns an array of numbers or booleans; raises TypeError for anything else."""
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
@@ -159,7 +165,7 @@ def _as_array(name: str, value: ArrayLike) -> Array:
 
 
 def _float_scores(scores: ArrayLike) -> Array:
-    scores = _as_array("scores", scores)
+    scores = as_array("scores", scores)
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(
             f"scores must be floating-point; got {scores.dtype}, which has no "
@@ -172,7 +178,7 @@ def _float_scores(scores: ArrayLike) -> Array:
 
 
 def _targets_like(scores: Array, targets: ArrayLike) -> Array:
-    targets = _as_array("targets", targets)
+    targets = as_array("targets", targets)
     if targets.shape != scores.shape:
         remedy = ""
         if targets.shape == (*scores.shape, 1):
@@ -186,28 +192,41 @@ def _targets_like(scores: Array, targets: ArrayLike) -> Array:
     return targets
 
 
-def _mask_and_weights(where, weights, shape: tuple, dtype: Any) -> tuple[Array, Array]:
-    """Returns the mask, and the weights with 0 for an example that is masked out."""
-    mask = jnp.ones(shape, bool) if where is None else _as_array("where", where)
-    weights = (
-        jnp.ones(shape, dtype) if weights is None else _as_array("weights", weights)
+def _count_examples(
+    where: ArrayLike | None, weights: ArrayLike | None, shape: tuple, dtype: Any
+) -> tuple[Array, Array, ArrayLike | None]:
+    """Returns which examples count, and how much.
+
+    Returns:
+      mask: False where masked out.
+      weights: The weights, with 0 for an example that is masked out.
+      counted: The mask for checks of values, None if all of them count. An example of
+        weight 0 does not, unless weights are traced.
+    """
+    mask = jnp.ones(shape, bool) if where is None else as_array("where", where)
+    factors = (
+        jnp.ones(shape, dtype) if weights is None else as_array("weights", weights)
     )
     if mask.dtype != bool:
         raise TypeError(f"where must be boolean; got {mask.dtype}. Write where != 0.")
-    for name, array in (("where", mask), ("weights", weights)):
+    for name, array in (("where", mask), ("weights", factors)):
         if array.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {array.shape}.")
-    _check_values("weights", weights, where, lambda x: x >= 0, "at least 0")
-    return mask, jnp.where(mask, weights, 0).astype(dtype)
+    check_values("weights", factors, where, lambda x: x >= 0, "at least 0")
+    counted = where
+    if weights is not None and not is_traced((where, weights)):
+        has_weight = np.asarray(weights) != 0
+        counted = has_weight if where is None else has_weight & np.asarray(where)
+    return mask, jnp.where(mask, factors, 0).astype(dtype), counted
 
 
 def _binary_targets(scores: Array, targets, where, weights, shape: tuple) -> Examples:
     """Returns examples of that shape with one target of 0 or 1 per score."""
     targets = _targets_like(scores, targets)
-    mask, weights = _mask_and_weights(where, weights, shape, scores.dtype)
+    mask, weights, counted = _count_examples(where, weights, shape, scores.dtype)
     is_binary = lambda x: (x == 0) | (x == 1)
     remedy = " For labels of -1 and 1 pass targets > 0."
-    is_valid = _valid_values("targets", targets, where, is_binary, "0 or 1", remedy)
+    is_valid = _valid_values("targets", targets, counted, is_binary, "0 or 1", remedy)
     targets = targets.astype(scores.dtype)
     return _make_examples(scores, targets, mask, weights, is_valid)
 
@@ -223,13 +242,15 @@ def _make_examples(
     # Before any arithmetic, because 0 * NaN is NaN.
     scores = jnp.where(_expand(mask, scores), scores, 0)
     targets = jnp.where(_expand(mask, targets) & is_valid_target, targets, 0)
-    has_weight = weights != 0
-    _check_values("scores", scores, has_weight, lambda x: ~np.isinf(x), "finite")
+    # Which examples count is piecewise constant in the weights.
+    fixed_weights = without_derivative(weights)
+    has_weight = fixed_weights != 0
+    check_values("scores", scores, has_weight, lambda x: ~np.isinf(x), "finite")
     # One invalid value makes the whole example invalid, unless its weight is 0.
     per_example = scores.reshape(*weights.shape, -1)
     is_valid = jnp.all(jnp.isfinite(per_example), axis=-1)
     is_valid &= jnp.all(is_valid_target.reshape(*weights.shape, -1), axis=-1)
-    is_valid &= (weights >= 0) & (weights < jnp.inf)
+    is_valid &= (fixed_weights >= 0) & (fixed_weights < jnp.inf)
     nan_if_invalid = jnp.where(has_weight & ~is_valid, jnp.nan, jnp.ones_like(weights))
     per_example = jnp.where((has_weight | is_valid)[..., None], per_example, 0)
     scores = (per_example * nan_if_invalid[..., None]).reshape(scores.shape)
@@ -246,18 +267,19 @@ def _valid_values(
     """Returns False for traced values that are not valid, after a check of the others.
 
     Args:
-      name, array, where, is_valid, *texts: As for `_check_values`.
+      name, array, where, is_valid, *texts: As for `check_values`.
 
     Raises:
       ValueError: A concrete value that counts is not valid.
     """
-    _check_values(name, array, where, is_valid, *texts)
+    check_values(name, array, where, is_valid, *texts)
+    if is_traced((array, where)):
+        return is_valid(array)
     # Values that were checked need no operation in the compiled program.
-    is_checked = not (isinstance(array, Tracer) or isinstance(where, Tracer))
-    return jnp.ones(array.shape, bool) if is_checked else is_valid(array)
+    return jnp.asarray(is_valid(np.asarray(array)))
 
 
-def _check_values(
+def check_values(
     name: str,
     array: Array,
     where: ArrayLike | None,
@@ -266,7 +288,7 @@ def _check_values(
     remedy: str = " Mask other examples out by where.",
 ) -> None:
     """Raises ValueError for an invalid value that counts, unless values are traced."""
-    if isinstance(array, Tracer) or isinstance(where, Tracer):
+    if is_traced((array, where)):
         return
     values = np.asarray(array)
     if where is not None:

@@ -5,6 +5,7 @@ from abc import abstractmethod
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..trees import without_derivative
 from .base import (
     Surrogate,
     negligible_weight,
@@ -68,7 +69,7 @@ class AreaRatio(Surrogate):
         ratios = safe_divide(*ratio, negligible_weight(pixel_weights))
         ratios = propagate_nan(ratios, pixel_weights)
         # Not > 0, so that an image with an invalid pixel, of weight NaN, counts.
-        has_pixel = jnp.any(pixel_weights != 0, axis=1)
+        has_pixel = jnp.any(without_derivative(pixel_weights) != 0, axis=1)
         return weighted_mean(ratios, has_pixel.astype(ratios.dtype))
 
 

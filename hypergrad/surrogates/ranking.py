@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..trees import without_derivative
 from .base import Surrogate, propagate_nan, weighted_mean
 from .inputs import Examples, Scalar, Vector, elementwise_examples
 
@@ -110,7 +111,8 @@ def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Scalar:
     An item of weight 0 counts as little as one that is masked out.
     """
     # Not > 0, so that a ranking with an invalid item, of weight NaN, counts.
-    has_item = jnp.any(rows.mask & (rows.weights != 0), axis=1)
+    weights = without_derivative(rows.weights)
+    has_item = jnp.any(rows.mask & (weights != 0), axis=1)
     values = propagate_nan(values, rows.scores)
     return weighted_mean(values, has_item.astype(values.dtype))
 

@@ -238,9 +238,9 @@ def smooth_top_gains(
 ) -> Float[Array, " k"]:
     """Returns ``sum_i w_i y_i p_i`` with the memberships p in the top r items."""
     scores, weights = row.scores, row.weights
-    has_weight = weights > 0
+    has_weight = without_derivative(weights) > 0
     order = jnp.argsort(jnp.where(has_weight, -without_derivative(scores), jnp.inf))
-    num_items = lax.stop_gradient(jnp.cumsum(weights[order]))
+    num_items = without_derivative(jnp.cumsum(weights[order]))
 
     @remat
     def top_gain(rank):

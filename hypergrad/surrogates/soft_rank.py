@@ -9,8 +9,15 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ..trees import without_derivative
+from ..validation import is_traced
 from .base import divide_by_temperature, propagate_nan
-from .inputs import Vector, as_temperature, elementwise_examples
+from .inputs import (
+    Vector,
+    as_array,
+    as_temperature,
+    check_values,
+    elementwise_examples,
+)
 
 
 def soft_rank(
@@ -52,6 +59,7 @@ def soft_rank(
     >>> hg.surrogates.soft_rank(values, temperature=1.0).round(2).tolist()
     [2.75, 1.0, 2.25]
     """
+    _check_ranked(values, weights)
     examples = elementwise_examples(values, jnp.zeros(np.shape(values)), None, weights)
     values, weights = examples.scores, examples.weights
     temperature = as_temperature(temperature, values.dtype)
@@ -64,9 +72,26 @@ def soft_rank(
     return lax.map(rank_row, rows).reshape(values.shape)
 
 
+def _check_ranked(values: ArrayLike, weights: ArrayLike | None) -> None:
+    """Raises an error for values or weights that have no soft ranks."""
+    values = as_array("values", values)
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise TypeError(
+            f"values must be floating-point; got {values.dtype}, which has no "
+            "derivative."
+        )
+    counted = None
+    if weights is not None and np.shape(weights) == values.shape:
+        weights = as_array("weights", weights)
+        check_values("weights", weights, None, lambda x: x >= 0, "at least 0", "")
+        counted = weights if is_traced(weights) else np.asarray(weights) != 0
+    remedy = " Leave items out by a weight of 0."
+    check_values("values", values, counted, lambda x: ~np.isinf(x), "finite", remedy)
+
+
 def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> Vector:
     """Returns the `soft_rank` of one row, whose values are finite."""
-    has_weight = weights > 0
+    has_weight = without_derivative(weights) > 0
     order = jnp.argsort(jnp.where(has_weight, -without_derivative(values), jnp.inf))
     values, w = values[order], weights[order]
     hard_ranks = jnp.cumsum(w) + (1 - w) / 2
@@ -78,7 +103,7 @@ def weighted_soft_ranks(values: Vector, weights: Vector, temperature: Array) -> 
     # Items of weight 0 come last, in blocks of their own.
     lowest = jnp.finfo(u.dtype).min
     targets = without_derivative(jnp.where(w > 0, u + hard_ranks, lowest))
-    block, _ = pool_adjacent_violators(targets, lax.stop_gradient(w))
+    block, _ = pool_adjacent_violators(targets, without_derivative(w))
 
     init_index = jax.ops.segment_min(jnp.arange(u.size), block, u.size)[block]
 

@@ -73,7 +73,7 @@ def temperature_from_scores(
 
     Compute the temperature once, outside of the outer loss, keep it in the outer data,
     and lower it by ``outer_data_fn`` of `OuterLoop`. Within the loss it would move with
-    the scores, and no estimator can detect that its derivative is missing.
+    the scores, but has no derivative, so that estimates are flagged `lost_derivative`.
 
     Cost: 40 means over the differences, and a sort; schedules compile one program.
 

@@ -100,6 +100,10 @@ COMPLETE = {
     "weights in the order of scores": lambda x: jnp.sum(
         jnp.sort(x[0]) * jnp.arange(3.0)[jnp.argsort(x[0])]
     ),
+    "values at ranks": lambda x: jnp.arange(3.0) @ x[0, jnp.argsort(jnp.argsort(x[0]))],
+    "labels in the order of scores": lambda x: (
+        jnp.sort(x[0]) @ (jnp.array([1, 0, 1])[jnp.argsort(x[0])] == 1).astype(float)
+    ),
     "sort with values": lambda x: lax.sort((x[0], x[1]), num_keys=1)[1][0] + x.sum(),
 }
 
@@ -121,6 +125,9 @@ PIECEWISE_SMOOTH = {
     "expm": lambda x: jax.scipy.linalg.expm(x @ x.T)[0, 1],
     "derivative of maximum": lambda x: jnp.sum(
         jax.grad(lambda x: jnp.sum(jnp.maximum(x, 0) ** 2 * x))(x)
+    ),
+    "derivative of abs": lambda x: jnp.sum(
+        jax.grad(lambda x: jnp.sum(jnp.abs(x)))(x) * x
     ),
     "derivative of clip": lambda x: jnp.sum(
         jax.grad(lambda x: jnp.sum(jnp.clip(x, -1, 1) ** 2 * x))(x)
@@ -499,6 +506,17 @@ COUNTS = {
     ).sum(),
     "scatter": lambda x: jnp.zeros(3).at[jnp.argmax(x[0])].add(1.0)[0],
     "while": lambda x: count_doublings(x[0, 0]),
+    "precision at 2": lambda x: jnp.sum(
+        jnp.where(jnp.argsort(jnp.argsort(x[0])) < 2, jnp.arange(3.0), 0.0)
+    ),
+    "ranks": lambda x: jnp.argsort(jnp.argsort(x[0])).astype(float) @ jnp.arange(3.0),
+    "scattered ranks": lambda x: (
+        jnp.zeros(3).at[jnp.argsort(x[0])].set(jnp.arange(3.0)) @ jnp.arange(3.0)
+    ),
+    "scattered integers": lambda x: (
+        jnp.zeros(3, int).at[jnp.argsort(x[0])].set(jnp.arange(3)).astype(float)
+        @ jnp.arange(3.0)
+    ),
 }
 
 
@@ -578,6 +596,22 @@ def test_a_count_on_a_batch_is_lost():
     assert estimate.flags["lost_derivative"]
 
 
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="needs mutable arrays")
+@pytest.mark.parametrize("is_in_loop", [False, True])
+def test_what_is_stored_in_a_mutable_array_is_followed(is_in_loop):
+    def f(x):
+        total = jax.new_ref(jnp.zeros(()))
+        add = lambda i, _: total.__setitem__(
+            ..., total[...] + jnp.sign(x).sum() * x[0, 0]
+        )
+        jax.lax.fori_loop(0, 2, add, None) if is_in_loop else add(0, None)
+        return total[...] + jnp.sum(x)
+
+    leaves, lost = find_lost_derivatives(f, X)
+    assert leaves == {0}
+    assert {x.leaf for x in lost} == {0}
+
+
 def test_a_leaf_that_only_selects_among_others_has_lost_its_derivative():
     f = lambda x, y: jnp.sum(jnp.where(x > 0, y, 2 * y))
     leaves, lost = find_lost_derivatives(f, X, X)
@@ -593,9 +627,14 @@ def test_leaves_are_told_apart():
 
 @pytest.mark.parametrize("name", CASES)
 def test_surrogates_have_complete_derivatives(name):
+    """By scores and weights."""
     scores, targets = sample(CASES[name].kind, np.random.default_rng(0))[:2]
-    smooth = lambda scores: CASES[name].surrogate(scores, targets, temperature=0.5)
-    assert find_lost_derivatives(smooth, jnp.asarray(scores)) == ({0}, frozenset())
+    weights = jnp.ones(scores.shape if CASES[name].kind == "masks" else len(scores))
+    smooth = lambda scores, weights: CASES[name].surrogate(
+        scores, targets, temperature=0.5, weights=weights
+    )
+    expected = {0, 1}, frozenset()
+    assert find_lost_derivatives(smooth, jnp.asarray(scores), weights) == expected
 
 
 # Estimates of problems that lose a derivative.

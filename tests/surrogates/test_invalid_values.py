@@ -48,6 +48,23 @@ def test_a_traced_value_that_is_not_valid_gives_nan_if_it_counts(name, key):
     assert np.isnan(result.value) & np.isnan(result.exact)
 
 
+@pytest.mark.parametrize(
+    ("surrogate", "bad"),
+    [(sg.Accuracy(), 255), (sg.FBeta(), -1), (sg.NDCG(2), np.nan)],
+    ids=["Accuracy", "FBeta", "NDCG"],
+)
+def test_a_concrete_target_of_weight_zero_is_not_checked(surrogate, bad):
+    """As under `jit`; an invalid target that counts raises an error."""
+    scores, targets = jnp.array([1.0, -1.0, 2.0]), np.array([1.0, 0.0, bad])
+    weights = jnp.array([1.0, 1.0, 0.0])
+    for metric in (surrogate.exact, functools.partial(surrogate, temperature=0.5)):
+        actual = metric(scores, targets, weights=weights)
+        expected = metric(scores[:2], targets[:2], weights=weights[:2])
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+        with pytest.raises(ValueError, match="targets"):
+            metric(scores, targets)
+
+
 def test_labels_of_minus_one_in_the_outer_batch_are_not_trusted():
     labels = jnp.array([-1, 1, 1, -1])
     problem = hg.Bilevel(
