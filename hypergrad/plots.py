@@ -274,7 +274,8 @@ def make_figure(num_panels: int) -> tuple["Figure", list["Axes"]]:
 def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> None:
     """Draws the outer values over steps or cost, a line for each of K losses.
 
-    The trials of a search are points, below which a line is the best so far.
+    The trials of a search are points, below which a line is the lowest so far. A star
+    is the best one, which need not be the lowest of a population.
     """
     values = to_wide(trace.value)[: len(x)]
     values = values.reshape(len(values), -1)
@@ -284,8 +285,11 @@ def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> No
         if trace.row_kind == "trial" and is_single:
             axes.plot(x, column, "o", color=color, ms=3, label="trial")
             finite = np.where(np.isfinite(column), column, np.nan)
-            best = np.fmin.accumulate(finite)
-            axes.plot(x, best, "-", color=color, drawstyle="steps-post", label="best")
+            lowest = np.fmin.accumulate(finite)
+            axes.plot(x, lowest, color=color, drawstyle="steps-post", label="lowest")
+            if trace.best_row is not None and np.isfinite(finite).any():
+                best = int(trace.best_row)
+                axes.plot(x[best], column[best], "*", color=color, ms=9, label="best")
         else:
             axes.plot(x, column, "-", color=color, label=label)
     _mark_untrusted(axes, trace, x, values)

@@ -94,8 +94,9 @@ def search(
       parallel: How many trials run at once, and where. Defaults to one, here.
 
     Returns:
-      A `Trace` with a row per trial, and ``alpha`` and ``w`` of the best one: with the
-      lowest value; of several values the lowest first, then second, and so on. A trial
+      A `Trace` with a row per trial, and ``alpha`` and ``w`` of the best one, which is
+      the row ``best_row``: the one with the lowest value; of several values the lowest
+      first, then second, and so on; of a population among the longest trained. A trial
       whose value or ``w`` is not finite is flagged ``not_finite``, worse than any other
       and NaN to the searcher. A trial whose solver has a tolerance and did not meet it
       is flagged ``not_converged``; its value counts like any other.

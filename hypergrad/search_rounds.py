@@ -28,8 +28,14 @@ RoundCallback = Callable[[dict], None]
 
 
 class BestMember(NamedTuple):
-    """The best member so far: the lowest value among the longest trained ones."""
+    """The best member so far: the lowest value among the longest trained ones.
 
+    Attributes:
+      row: Its row in the records of all rounds.
+      num_steps, value, w, alpha: Its number of steps, value, ``w`` and ``alpha``.
+    """
+
+    row: Array
     num_steps: Array
     value: Array
     w: PyTree
@@ -102,6 +108,7 @@ def search_rounds(
         best_alpha=best.alpha,
         status_code=jnp.where(jnp.isfinite(best.value), 0, FAILED),
         row_kind="trial",
+        best_row=jnp.asarray(best.row),
         **records._asdict(),
     )
 
@@ -110,7 +117,7 @@ def _add_round(
     state: PopulationState | None, new_round: Round, cost: float
 ) -> PopulationState:
     """Returns the state after one more round; ``state`` is None before the first."""
-    best = _best_member(new_round)
+    best = _best_member(new_round, 0 if state is None else len(state.records.value))
     if state is None:
         return PopulationState(1, cost, best, new_round, new_round.records)
     if not best.rank() > state.best.rank():
@@ -121,14 +128,15 @@ def _add_round(
     return PopulationState(num_rounds, total_cost, best, new_round, records)
 
 
-def _best_member(new_round: Round) -> BestMember:
+def _best_member(new_round: Round, first_row: int) -> BestMember:
     """Returns the best member of a round; its value is infinite if it failed."""
     members, records = new_round
     index = rank_by_value(records.value)[0]
     member, value = members.take(index), records.value[index]
     value = jnp.where(jnp.isfinite(value), value, jnp.inf)
     num_steps = records.metrics["steps"][index]
-    return BestMember(num_steps, value, member.carry[0], member.alpha)
+    row = first_row + index
+    return BestMember(row, num_steps, value, member.carry[0], member.alpha)
 
 
 def _copy_to_all_devices(shared: PyTree) -> PyTree:

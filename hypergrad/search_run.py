@@ -216,6 +216,7 @@ class SearchState:
             best_alpha=alpha,
             status_code=jnp.asarray(status),
             row_kind="trial",
+            best_row=jnp.asarray(number),
             **columns._asdict(),
         )
 

@@ -162,13 +162,13 @@ class Parallel:
         the value of any of them. The values are told in the order of the proposals.
         `Random`, `Sobol` and `Grid` propose the same trials for any number. Searchers
         that learn know less at each proposal: choose a divisor of the generation of
-        `CMAES` and `NSGA2`; a batch of `EvolutionStrategy` ends with its generation;
-        proposals of `GaussianProcess` within one batch lie close together.
+        `CMAES` and `NSGA2`; a batch of `EvolutionStrategy` ends with its generation.
       executor: What runs the trials of a batch.
 
         - None (default): This process, one trial after another.
         - "vmap": This process, all trials in one program, which makes as many steps as
-          its longest trial. Values differ from those of single trials by rounding.
+          its longest trial; the costs are those of the same trials made alone. Values
+          differ from those of single trials by rounding.
         - An object with a method ``submit(fn, *args)``, which returns an object with
           the methods ``done()`` and ``result()``: a `ProcessPoolExecutor` of
           `concurrent.futures` whose ``mp_context`` is

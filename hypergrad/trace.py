@@ -44,9 +44,9 @@ class Trace(ResultModule):
         to the ``alpha`` before the last step; train once more at ``alpha`` for a pair.
       best_alpha: The ``alpha`` with the lowest recorded value. It is the last one with
         a good value if values cannot be compared: with ``outer_data_fn``, or with an
-        aggregator that has no score. With several outer losses in a search, see
-        `hypergrad.search`. If batches are sampled, inner or outer ones, the lowest
-        value is that of the luckiest; take ``alpha``.
+        aggregator that has no score. In a search it is that of ``best_row``. If batches
+        are sampled, inner or outer ones, the lowest value is that of the luckiest; take
+        ``alpha``.
       value: ``[steps]``, the outer value at the ``alpha`` of each step, before the
         step; ``[steps, K]`` for K outer losses. A warm-started estimator also lowers it
         by training ``w`` further. Rows after a failure are NaN.
@@ -64,6 +64,8 @@ class Trace(ResultModule):
         row for the last of each ``record_every`` steps; its costs are those of all.
       row_kind: What a row is: ``"step"`` in `minimize`, and in `search` ``"trial"``,
         for which "step" above stands as well.
+      best_row: Index of the row of the best trial of a search, which ``alpha``,
+        ``best_alpha`` and ``w`` belong to; None in `minimize`.
       state: State from which `minimize` continues, or None after a search. It shares
         arrays with ``w`` and ``best_alpha``: a program to which it is donated
         (``donate_argnums`` of `jax.jit`) deletes these.
@@ -91,6 +93,7 @@ class Trace(ResultModule):
     first_step: Array | int = 0
     record_every: int = eqx.field(static=True, default=1)
     row_kind: str = eqx.field(static=True, default="step")
+    best_row: Array | int | None = None
     state: Any = None
 
     def __repr__(self) -> str:

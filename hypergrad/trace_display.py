@@ -301,11 +301,10 @@ def _describe_metric(trace: "Trace", name: str) -> str:
 
 
 def _best_trial(trace: "Trace") -> int | None:
-    """Returns the row of a search with the lowest value, if there is one."""
-    values = np.asarray(trace.value)
-    if trace.row_kind != "trial" or values.ndim > 1 or np.isnan(values).all():
+    """Returns the row of the best trial of a search, unless all trials failed."""
+    if trace.best_row is None or np.isnan(trace.value).all():
         return None
-    return int(np.nanargmin(values))
+    return int(trace.best_row)
 
 
 def format_steps(steps: list[int], stride: int = 1, noun: str = "step") -> str:

@@ -7,7 +7,8 @@ gradient. Mini-batches count in proportion.
 
 Counts are those of the calls that are executed. Under `jax.vmap` every solve of a batch
 makes as many calls as the slowest one, so that n solves count n times the slowest
-(`count_batch`). Solves that are made one after the other add up.
+(`count_batch`). Solves that are made one after the other add up. The trials of a search
+by ``Parallel(n, "vmap")`` count as if made alone, whatever runs them.
 """
 
 import math

@@ -1,5 +1,6 @@
 """The interface of a searcher, and a state that holds all trials."""
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -92,6 +93,46 @@ class Trials(eqx.Module):
         value = np.where(np.isfinite(value).all(), value, np.inf)
         values = np.concatenate([self.values.reshape(-1, *value.shape), value[None]])
         return Trials(self.space, np.vstack([self.t, t]), values)
+
+
+class PendingTrials(Trials):
+    """The trials so far, and the proposals that have no value yet.
+
+    Attributes:
+      pending_t: Coordinates of these proposals.
+
+    >>> from hypergrad.spaces import Unit
+    >>> state = PendingTrials.empty(Unit()).propose([0.25]).propose([0.75])
+    >>> state.add(0.25, 3.0).pending_t.tolist()
+    [[0.75]]
+    """
+
+    pending_t: Float[np.ndarray, "proposals axes"]
+
+    @classmethod
+    def empty(cls, space: PyTree) -> "PendingTrials":
+        """Returns the state before the first proposal.
+
+        Raises:
+          ValueError, TypeError: As `hypergrad.spaces.axes`.
+        """
+        trials = Trials.empty(space)
+        return cls(space, trials.t, trials.values, trials.t)
+
+    def propose(self, t: Float[ArrayLike, " axes"]) -> "PendingTrials":
+        """Returns the state with one more pending proposal, at the coordinates t."""
+        return dataclasses.replace(self, pending_t=np.vstack([self.pending_t, t]))
+
+    def add(self, alpha: PyTree, value: ArrayLike) -> "PendingTrials":
+        """Returns the state with one more trial.
+
+        The pending proposal nearest to ``alpha`` is pending no longer.
+        """
+        trials, pending_t = super().add(alpha, value), self.pending_t
+        if len(pending_t):
+            distances = np.linalg.norm(pending_t - trials.t[-1:], axis=1)
+            pending_t = np.delete(pending_t, np.argmin(distances), axis=0)
+        return PendingTrials(self.space, trials.t, trials.values, pending_t)
 
 
 def replace_nonfinite(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int, positive
-from .base import Trials, replace_nonfinite, seed_from_key
+from .base import PendingTrials, replace_nonfinite, seed_from_key
 
 #: Noise of a trial that repeats to the bit: there is no use in making it twice.
 NO_NOISE = 1e-6
@@ -29,6 +29,9 @@ class GaussianProcess(eqx.Module):
     each value of a choice. A failed trial counts as the worst finite value. In a space
     of integers and choices only, no combination is proposed again after the initial
     trials while a candidate is left that was not tried, unless ``noise`` is raised.
+    Proposals of a batch that have no value yet count as trials with the value that the
+    process predicts ("kriging believer", Ginsbourger et al. 2010), so that a batch
+    spreads out.
 
     Args:
       num_initial: Number of initial random trials, static.
@@ -48,7 +51,7 @@ class GaussianProcess(eqx.Module):
     Cost: O(trials^3) per proposal, which is slow beyond some hundreds of trials.
 
     Source: Jones, Schonlau & Welch 1998; Snoek, Larochelle & Adams 2012,
-      arXiv:1206.2944.
+      arXiv:1206.2944; Ginsbourger, Le Riche & Carraro 2010.
 
     >>> import jax, hypergrad as hg
     >>> searcher, key = hg.searchers.GaussianProcess(num_initial=3), jax.random.key(0)
@@ -64,23 +67,24 @@ class GaussianProcess(eqx.Module):
     num_candidates: int = eqx.field(static=True, default=2000)
     noise: ArrayLike = eqx.field(default=NO_NOISE, converter=positive("noise"))
 
-    citations = ("jones1998", "snoek2012", "scikit2011")
+    citations = ("jones1998", "snoek2012", "ginsbourger2010", "scikit2011")
 
     def __check_init__(self):
         check_positive_int("num_initial", self.num_initial, 2)
         check_positive_int("num_candidates", self.num_candidates, 2)
 
-    def init(self, space: PyTree, key: Array) -> Trials:
+    def init(self, space: PyTree, key: Array) -> PendingTrials:
         """Returns the state without a trial."""
         del key
         import_gaussian_process()
-        return Trials.empty(space)
+        return PendingTrials.empty(space)
 
-    def ask(self, state: Trials, key: Array) -> tuple[PyTree, Trials]:
-        """Returns the proposal and the unchanged state."""
+    def ask(self, state: PendingTrials, key: Array) -> tuple[PyTree, PendingTrials]:
+        """Returns the proposal, and the state with it as pending."""
         sample_key, candidates_key = jax.random.split(key)
         if len(state.values) < self.num_initial:
-            return spaces.sample(state.space, sample_key), state
+            alpha = spaces.sample(state.space, sample_key)
+            return alpha, state.propose(spaces.to_unit(state.space, alpha))
         axes = spaces.axes(state.space)
         values = replace_nonfinite(state.values)
         best_t = state.t[np.argmin(state.values)]  # a failure has the value infinity
@@ -88,13 +92,19 @@ class GaussianProcess(eqx.Module):
             axes, best_t, self.num_candidates, seed_from_key(candidates_key)
         )
         if np.asarray(self.noise).item() <= NO_NOISE:
-            t = drop_tried_cells(axes, t, state.t)
-        process = fit_process(to_features(axes, state.t), values, self.noise)
+            t = drop_tried_cells(axes, t, np.vstack([state.t, state.pending_t]))
+        x = to_features(axes, state.t)
+        process = fit_process(x, values, self.noise)
+        if len(state.pending_t):
+            pending_x = to_features(axes, state.pending_t)
+            values = np.append(values, process.predict(pending_x))
+            process.fit(np.vstack([x, pending_x]), values)
         mean, std = process.predict(to_features(axes, t), return_std=True)
         improvement = expected_improvement(values.min(), mean, std)
-        return spaces.from_unit(state.space, t[np.argmax(improvement)]), state
+        best_t = t[np.argmax(improvement)]
+        return spaces.from_unit(state.space, best_t), state.propose(best_t)
 
-    def tell(self, state: Trials, alpha: PyTree, value: Array) -> Trials:
+    def tell(self, state: PendingTrials, alpha: PyTree, value: Array) -> PendingTrials:
         """Returns the state with one more trial."""
         return state.add(alpha, value)
 

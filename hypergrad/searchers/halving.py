@@ -29,8 +29,8 @@ class SuccessiveHalving(PopulationSearcher):
 
     Budget: 700 gradient-equivalents for a value within 0.01, with 27 candidates and at
       most 27 steps (see `hypergrad.searchers`).
-    Cost: about ``num_steps * num_candidates / eta^k`` gradients per rung, for ``k + 1``
-      rungs.
+    Cost: about ``num_steps * num_candidates / eta^k`` gradients in the first of ``k +
+      1`` rungs, and ``1 - 1 / eta`` of it in each other one, because members continue.
     Memory: ``num_candidates`` carries; one program per rung, under ``vmap``.
 
     Source: Jamieson & Talwalkar 2016.
@@ -80,7 +80,8 @@ class Hyperband(PopulationSearcher):
 
     Budget: 400 gradient-equivalents for a value within 0.01, with at most 27 steps
       (see `hypergrad.searchers`).
-    Cost: about ``(s_max + 1)² R`` gradients for all brackets.
+    Cost: 0.6 to 0.95 times ``(s_max + 1)² R`` gradients for all brackets, which is the
+      cost in the paper, where members start again in each rung.
     Memory: as `SuccessiveHalving`.
 
     Source: Li et al. 2018 (arXiv:1603.06560).

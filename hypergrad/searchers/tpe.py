@@ -6,23 +6,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..validation import check_positive_int
 from . import optuna_study
-from .base import Trials, seed_from_key
-
-
-class TPEState(Trials):
-    """The trials so far, and the proposals that have no value yet.
-
-    Attributes:
-      pending_t: Coordinates of these proposals.
-    """
-
-    pending_t: Float[np.ndarray, "proposals axes"]
+from .base import PendingTrials, Trials, seed_from_key
 
 
 class TPE(eqx.Module):
@@ -96,14 +85,13 @@ class TPE(eqx.Module):
         """Returns the searcher that shares trials with searches of one problem only."""
         return dataclasses.replace(self, problem=problem)
 
-    def init(self, space: PyTree, key: Array) -> TPEState:
+    def init(self, space: PyTree, key: Array) -> PendingTrials:
         """Returns the state without a trial of this search."""
         del key
         optuna_study.import_optuna("TPE")
-        empty = Trials.empty(space)
-        return TPEState(space, empty.t, empty.values, empty.t)
+        return PendingTrials.empty(space)
 
-    def ask(self, state: TPEState, key: Array) -> tuple[PyTree, TPEState]:
+    def ask(self, state: PendingTrials, key: Array) -> tuple[PyTree, PendingTrials]:
         """Returns the next proposal, and the state with it as pending."""
         optuna = optuna_study.import_optuna("TPE")
         axes = spaces.axes(state.space)
@@ -123,22 +111,11 @@ class TPE(eqx.Module):
             study.add_trials(trials)
             params = study.ask(optuna_study.distributions(optuna, axes)).params
         t = optuna_study.from_params(axes, params)
-        pending_t = np.vstack([state.pending_t, t])
-        return (
-            spaces.from_unit(state.space, t),
-            dataclasses.replace(state, pending_t=pending_t),
-        )
+        return spaces.from_unit(state.space, t), state.propose(t)
 
-    def tell(self, state: TPEState, alpha: PyTree, value: Array) -> TPEState:
-        """Returns the state with one more trial, which is also added to the journal.
-
-        The pending proposal nearest to ``alpha`` is pending no longer.
-        """
-        pending_t, trials = state.pending_t, state.add(alpha, value)
-        if len(pending_t):
-            distances = np.linalg.norm(pending_t - trials.t[-1:], axis=1)
-            pending_t = np.delete(pending_t, np.argmin(distances), axis=0)
-        state = TPEState(state.space, trials.t, trials.values, pending_t)
+    def tell(self, state: PendingTrials, alpha: PyTree, value: Array) -> PendingTrials:
+        """Returns the state with one more trial, which is also added to the journal."""
+        state = state.add(alpha, value)
         if self.journal is not None:
             optuna = optuna_study.import_optuna("TPE")
             last_trial = Trials(state.space, state.t[-1:], state.values[-1:])

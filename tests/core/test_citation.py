@@ -18,6 +18,7 @@ from hypergrad.citation import REFERENCES, citation, find_public
 FIELD = re.compile(r"^  (\w+) = \{(.*)\},$")
 REQUIRED = {
     "article": {"author", "title", "journal", "year"},
+    "incollection": {"author", "title", "booktitle", "publisher", "year"},
     "inproceedings": {"author", "title", "booktitle", "year"},
     "misc": {"author", "title"},
     "software": {"author", "title"},

@@ -169,9 +169,12 @@ def test_the_trials_of_a_search_are_points_above_the_best_so_far():
     )  # fmt: skip
     axes = trace.plot().axes[0]
     assert axes.get_xlabel() == "outer trial"
-    trials, best = (points(find_line(axes, name))[:, 1] for name in ("trial", "best"))
-    assert np.array_equal(trials, trace.value)
-    assert np.array_equal(best, np.minimum.accumulate(trace.value))
+    trials, lowest, best = (
+        points(find_line(axes, name)) for name in ("trial", "lowest", "best")
+    )
+    assert np.array_equal(trials[:, 1], trace.value)
+    assert np.array_equal(lowest[:, 1], np.minimum.accumulate(trace.value))
+    np.testing.assert_array_equal(best, trials[[trace.best_row]])
 
 
 def test_a_front_joins_the_points_that_are_not_dominated():
@@ -263,7 +266,7 @@ def test_a_front_tells_points_apart_that_are_equal_in_float32():
     assert len(points(find_line(axes, "not dominated"))) == 2
 
 
-def test_an_infinite_trial_is_not_the_best():
+def test_an_infinite_trial_is_not_the_lowest():
     trace = hg.search(
         PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
         space=hg.spaces.Interval(0.0, 2.0), budget=20,
@@ -271,9 +274,9 @@ def test_an_infinite_trial_is_not_the_best():
     value = np.array(trace.value)
     value[1] = -np.inf
     trace = dataclasses.replace(trace, value=value)
-    best = points(find_line(trace.plot().axes[0], "best"))[:, 1]
+    lowest = points(find_line(trace.plot().axes[0], "lowest"))[:, 1]
     finite = np.where(np.isfinite(value), value, np.inf)
-    np.testing.assert_array_equal(best, np.minimum.accumulate(finite))
+    np.testing.assert_array_equal(lowest, np.minimum.accumulate(finite))
 
 
 def test_an_empty_leaf_has_no_panel():

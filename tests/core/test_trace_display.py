@@ -162,6 +162,7 @@ def test_a_metric_of_a_search_is_that_of_the_best_trial():
     )
     best = int(np.nanargmin(trace.value))
     number = format_numbers(trace.metrics["negative"][best])
+    assert trace.best_row == best
     assert f"negative: {number} at the best trial, {best}, lowest" in str(trace)
 
 

@@ -142,6 +142,8 @@ def test_best_member_is_one_that_was_fully_trained():
     assert trace.value[~is_full].max() < trace.value[is_full].min()
     assert trace.w == 4
     assert trace.w + trace.best_alpha == trace.value[is_full].min()
+    assert trace.value[trace.best_row] == trace.w + trace.best_alpha
+    assert f"steps: 4 at the best trial, {trace.best_row}, lowest 1 " in str(trace)
 
 
 def test_every_rung_makes_a_step():

@@ -403,6 +403,41 @@ def test_gaussian_process_proposes_the_largest_expected_improvement():
     assert improvement(proposed) >= improvement(others).max() > 0
 
 
+def test_a_proposal_without_a_value_has_the_predicted_one():
+    """The next proposal is that after a trial with this value, at the same kernel."""
+    searcher = GaussianProcess(3, 50)
+    _, state = propose(searcher, Unit(), 3, lambda alpha: (alpha - 0.4) ** 2)
+    first, pending = searcher.ask(state, KEY)
+    second, _ = searcher.ask(pending, KEY)
+    kernel = gaussian_process_module.fit_process(state.t, state.values, 1e-6).kernel
+    process = GaussianProcessRegressor(
+        kernel, alpha=1e-6, normalize_y=True, optimizer=None
+    )
+    mean = process.fit(state.t, state.values).predict([[first]])
+    values = np.append(state.values, mean)
+    process.fit(np.append(state.t, [[first]], axis=0), values)
+    best_t = state.t[np.argmin(state.values)]
+    axes, seed = hg.spaces.axes(Unit()), seed_from_key(jax.random.split(KEY)[1])
+    t = gaussian_process_module.sample_candidates(axes, best_t, 50, seed)
+    improvement = expected_improvement(
+        values.min(), *process.predict(t, return_std=True)
+    )
+    np.testing.assert_allclose(second, t[np.argmax(improvement), 0], rtol=1e-6)
+    assert abs(first - second) > 1e-3
+
+
+def test_a_batch_of_the_gaussian_process_has_different_combinations():
+    searcher, space = GaussianProcess(4), {"depth": Integer(1, 8), "op": Choice(3)}
+    value = lambda alpha: (alpha["depth"] - 6.0) ** 2 + (alpha["op"] - 1.0) ** 2
+    _, state = propose(searcher, space, 4, value)
+    tried = set(map(tuple, state.t.tolist()))
+    for key in make_keys(8):
+        _, state = searcher.ask(state, key)
+    proposed = set(map(tuple, state.pending_t.tolist()))
+    assert len(proposed) == 8
+    assert not proposed & tried
+
+
 def test_gaussian_process_searches_around_the_best_trial(monkeypatch):
     """A failure counts as the worst finite value, which is here the best as well."""
     searcher, best = GaussianProcess(3, 20), []
