@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from .estimators.base import STATS, Estimate, Estimator, get_target
 from .hypergradient import hypergradient
 from .minimize import minimize
-from .problem import Bilevel
+from .problem import Bilevel, with_own_order
 from .trust import TrustCounts, UnitCounts, check_trust, trust_counts, unit_counts
 
 __all__ = [
@@ -116,6 +116,11 @@ class RepeatedSteps(eqx.Module):
     num_steps: int = eqx.field(static=True)
 
     @property
+    def num_samples(self) -> int:
+        """Number of samples of the data, one of each step."""
+        return self.num_steps
+
+    @property
     def target(self) -> str:
         """Target of the single-loop estimator."""
         return get_target(self.estimator)
@@ -134,10 +139,17 @@ class RepeatedSteps(eqx.Module):
         self, problem: Bilevel, state: Any, alpha: PyTree, key: Array
     ) -> tuple[Estimate, Any]:
         """Returns the estimate of the last step and the state after it."""
-        final_key, *_ = keys = jax.random.split(key, self.num_steps)
-        step = lambda state, key: self.estimator.estimate(problem, state, alpha, key)
-        state, _ = jax.lax.scan(lambda s, key: (step(s, key)[1], None), state, keys[1:])
-        return step(state, final_key)
+        keys = jax.random.split(key, self.num_steps)
+
+        def step(state, number):
+            # In shuffled passes over the data each step has an order of its own.
+            return self.estimator.estimate(
+                with_own_order(problem, number), state, alpha, keys[number]
+            )
+
+        numbers = jnp.arange(1, self.num_steps)
+        state, _ = jax.lax.scan(lambda s, i: (step(s, i)[1], None), state, numbers)
+        return step(state, 0)
 
 
 def check_estimator(estimator: Estimator) -> None:

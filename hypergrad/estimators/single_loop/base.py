@@ -17,7 +17,7 @@ from ...cost import cost_stats
 from ...inner.descent import LINE_SEARCH_STATES, contains_state
 from ...problem import Bilevel, EstimateData
 from ...problem_checks import check_alpha_has_gradient, check_problem
-from ...trees import norm, norm_ratio
+from ...trees import cast_like, norm, norm_ratio
 from ...validation import check_optimizer, raise_with_context
 from ..base import Estimate, make_estimate
 
@@ -274,8 +274,9 @@ def apply_optimizer(
     x: PyTree,
 ) -> tuple[PyTree, PyTree]:
     """Returns ``x`` after one step against ``direction`` and the optimizer state."""
-    updates, opt_state = optimizer.update(direction, opt_state, x)
-    return optax.apply_updates(x, updates), opt_state
+    updates, new_state = optimizer.update(direction, opt_state, x)
+    # A hyperparameter of a wider dtype than x widens the state that it mixes.
+    return optax.apply_updates(x, updates), cast_like(new_state, opt_state)
 
 
 def sample_batches(data: EstimateData) -> tuple[PyTree, PyTree]:
