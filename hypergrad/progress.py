@@ -78,7 +78,8 @@ def open_progress(
                 text += f"{value_name} {format_numbers(update.value)}"
                 if update.count_trusted is not None:
                     text += ", trusted {} of {}".format(*update.count_trusted())
-                fraction = min(update.fraction, 1.0)
+                # The cost of a trial, and so the fraction, may be NaN.
+                fraction = min(update.fraction, 1.0) if update.fraction > 0 else 0.0
                 if (seconds := estimate_remaining(fraction)) is not None:
                     text += f", {datetime.timedelta(seconds=round(seconds))} left"
                 update_bar(100 * fraction, 100, text)

@@ -10,7 +10,7 @@ from .rows import Row, cell_key
 
 PROVENANCE = (
     "commit", "source", "method_source", "versions", "device", "machine", "data",
-    "scale", "budget", "budget_factor", "jax_settings",
+    "scale", "budget", "budget_factor", "jax_settings", "float", "converted_from",
 )  # fmt: skip
 MAX_NAMED_CELLS = 3
 IGNORED = {*PROVENANCE, "command", "time", "table"}

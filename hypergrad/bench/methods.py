@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from ..search_trial import fits_budget
 from ..tasks.task import Task
 from ..trace import (
     BAD_HYPERGRADIENT,
@@ -194,7 +195,8 @@ def run_method(
         raise MethodError(
             f"a method must return the hg.Trace of its run; got {type(trace).__name__}."
         )
-    cost = np.asarray(trace.cost, float)
+    # In float32 the sum of many small costs drifts.
+    cost = np.cumsum(np.asarray(trace.stats["gradient_equivalents"], float))
     total = float(cost[-1]) if cost.size else 0.0
     trusted = np.asarray(trace.stats["trusted"], bool)[: trace.last_row + 1]
     costs = {
@@ -216,7 +218,7 @@ def run_method(
             "hg.extend.make_estimate(..., **hg.extend.cost_stats(...))."
         )
     # A run ends with the step that spends the rest of its budget.
-    if cost_before_last_step(cost, trace.record_every) > budget:
+    if not fits_budget(cost_before_last_step(cost, trace.record_every), budget):
         raise MethodError(
             f"the run cost {total:.0f} gradient-equivalents; its budget is "
             f"{budget:.0f}. Pass budget=budget to hg.minimize or hg.search, and leave "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..runtime.console import split_cells
 from .columns import Column
 from .report import TableResult
 
@@ -200,7 +201,7 @@ def markdown_to_html(text: str) -> str:
     )
     for kind_of_line, lines in itertools.groupby(text.splitlines(), kind):
         if kind_of_line == "|":
-            head, _, *rows = ([c.strip() for c in x[1:-1].split("|")] for x in lines)
+            head, _, *rows = map(split_cells, lines)
             blocks.append(_html_table(head, rows))
         elif kind_of_line == "-":
             blocks.append("<ul>" + "".join(f"<li>{_text(x[2:])}</li>" for x in lines))

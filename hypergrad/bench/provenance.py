@@ -16,7 +16,10 @@ from .source import digest_sources, local_imports
 PACKAGES = ("jax", "jaxlib", "equinox", "lineax", "optax", "numpy")
 #: Packages that only some tables use. Their versions count where they are installed,
 #: whether or not they are imported, which may differ between two cells.
-OPTIONAL_PACKAGES = ("cmaes", "evosax", "flax", "optuna", "scikit-learn", "scipy")
+OPTIONAL_PACKAGES = (
+    "cmaes", "evosax", "flax", "jaxopt", "optimistix", "optuna", "scikit-learn",
+    "scipy",
+)  # fmt: skip
 #: Settings of JAX that change numbers. Its precision is the field ``float``.
 JAX_SETTINGS = (
     "jax_default_matmul_precision",

@@ -278,5 +278,5 @@ def _compare(
 def _markdown_table(
     headings: Sequence[str], cells: Iterable[Sequence[str]]
 ) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return lines + ["| " + " | ".join(row) + " |" for row in cells]
+    to_line = lambda row: "| " + " | ".join(x.replace("|", r"\|") for x in row) + " |"
+    return [to_line(headings), "|" + "---|" * len(headings), *map(to_line, cells)]

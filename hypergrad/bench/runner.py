@@ -318,16 +318,34 @@ def _measure_all(
 ) -> Iterator[tuple[Cell, Row | str]]:
     """Yields each cell with its row fields or its error, as they are finished."""
     earlier = [row for row in rows if row.get("stage") is not None]
+    failures: dict[str, str] = {}
+    for cell, outcome in _measure_each(ref, cells, options, earlier, failures):
+        # A method of which one tuning run failed is not tuned further.
+        if isinstance(outcome, str) and cell.get("stage") is not None:
+            failures[str(cell["method"])] = outcome
+        yield cell, outcome
+
+
+def _measure_each(
+    ref: TableRef,
+    cells: Sequence[Cell],
+    options: RunOptions,
+    earlier: list[Row],
+    failures: dict[str, str],
+) -> Iterator[tuple[Cell, Row | str]]:
+    """Yields each cell with its row fields or its error, as they are finished.
+
+    Args:
+      ref, cells, options: As for `_measure_all`.
+      earlier: The rows of earlier stages.
+      failures: Errors of methods by label, whose further cells have this error and are
+        not run. The caller may add to them.
+    """
     if options.executor is None:
-        failures: dict[str, str] = {}
         for cell in cells:
-            label = str(cell["method"])
-            outcome = failures.get(label)
+            outcome = failures.get(str(cell["method"]))
             if outcome is None:
                 outcome = measure_cell(ref, cell, options.scale, earlier)
-            # A method of which one tuning run failed is not run in later stages.
-            if isinstance(outcome, str) and cell.get("stage") is not None:
-                failures[label] = outcome
             yield cell, outcome
         return
     executor = options.executor
@@ -335,27 +353,33 @@ def _measure_all(
         measure_cell, ref, cell, options.scale, earlier
     )
     interrupted = []
-    for cell, outcome in _await_all(submit, cells, options.max_pending):
+    for cell, outcome in _await_all(submit, cells, options.max_pending, failures):
         if isinstance(outcome, concurrent.futures.BrokenExecutor):
             interrupted.append(cell)
         else:
             yield cell, outcome
     # A cell that ends its worker also interrupts the cells that wait beside it. If
     # each is measured alone, only the cell itself fails.
-    for cell, outcome in _await_all(submit, interrupted, 1):
+    for cell, outcome in _await_all(submit, interrupted, 1, failures):
         if isinstance(outcome, concurrent.futures.BrokenExecutor):
             outcome = _worker_message(outcome)
         yield cell, outcome
 
 
 def _await_all(
-    submit: Callable[[Cell], Any], cells: Sequence[Cell], max_pending: int
+    submit: Callable[[Cell], Any],
+    cells: Sequence[Cell],
+    max_pending: int,
+    failures: dict[str, str],
 ) -> Iterator[tuple[Cell, Row | str | concurrent.futures.BrokenExecutor]]:
     """Yields each cell with its outcome, or with the error of a broken executor."""
     waiting, futures = list(reversed(cells)), {}
     while waiting or futures:
         while waiting and len(futures) < max_pending:
             cell = waiting.pop()
+            if (message := failures.get(str(cell["method"]))) is not None:
+                yield cell, message
+                continue
             try:
                 future = submit(cell)
             except concurrent.futures.BrokenExecutor as error:

@@ -19,6 +19,7 @@ class WorkerPool:
 
     def __init__(self, num_workers: int):
         self._num_workers = num_workers
+        self._other_processes = set(multiprocessing.active_children())
         self._pool = self._make_pool()
 
     def submit(self, fn: Callable, /, *args: Any) -> concurrent.futures.Future:
@@ -33,6 +34,12 @@ class WorkerPool:
     def shutdown(self) -> None:
         """Waits for the processes to end."""
         self._pool.shutdown()
+
+    def abort(self) -> None:
+        """Ends the processes at once, without the results of what they run."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - self._other_processes:
+            process.terminate()
 
     def _make_pool(self) -> concurrent.futures.Executor:
         # A forked process would share the threads of JAX.
@@ -56,5 +63,7 @@ def executor_of(workers: int) -> Iterator[WorkerPool | None]:
     pool = WorkerPool(workers)
     try:
         yield pool
-    finally:
-        pool.shutdown()
+    except BaseException:
+        pool.abort()
+        raise
+    pool.shutdown()

@@ -37,7 +37,7 @@ REDUCTIONS = {
 SCATTERS = {
     f"scatter{separator}{operation}"
     for separator in "-_"
-    for operation in ("add", "max", "min", "mul")
+    for operation in ("add", "max", "min", "mul", "sub")
 }
 # No operation: elements are moved, selected or created.
 FREE = {
@@ -48,7 +48,7 @@ FREE = {
     *("name", "optimization_barrier", "pad", "pbroadcast", "ppermute", "pvary", "real"),
     *("reduce_precision", "reshape", "reshard", "rev", "scatter", "select_n"),
     *("sharding_constraint", "slice", "split", "squeeze", "stack", "stop_gradient"),
-    *("transpose", "unstack"),
+    *("tile", "transpose", "unstack"),
 }
 
 
@@ -270,6 +270,8 @@ def _num_operations(equation: Any) -> int | None:
         case "sort" | "top_k":
             n = inputs[0].shape[params.get("dimension", params.get("axis", -1))]
             return inputs[0].size * math.ceil(math.log2(max(n, 1)))
+        case "polynomial":  # by Horner's rule
+            return 2 * output.size * (len(inputs) - 2)
         case "cholesky":
             return inputs[0].size * inputs[0].shape[-1] // 3
         case "lu":

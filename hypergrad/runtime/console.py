@@ -59,9 +59,18 @@ def print_markdown(text: str, console: "Console") -> None:
             for line in lines:
                 console.print(Text(line))
             continue
-        split = lambda line: [cell.strip() for cell in line[1:-1].split("|")]
-        columns, _, *rows = map(split, lines)
+        columns, _, *rows = map(split_cells, lines)
         print_table(columns, rows, console)
+
+
+def split_cells(line: str) -> list[str]:
+    r"""Returns the cells of a line of a table in Markdown.
+
+    >>> split_cells(r"| p(y\|x) | 0.5 |")
+    ['p(y|x)', '0.5']
+    """
+    cells = re.split(r"(?<!\\)\|", line.strip()[1:-1])
+    return [cell.strip().replace(r"\|", "|") for cell in cells]
 
 
 def print_table(

@@ -43,7 +43,9 @@ def progress_bar(*, is_percentage: bool = False) -> Iterator[Update]:
     if console.is_jupyter:
         yield notebook_bar(is_percentage=is_percentage)
         return
-    if not console.is_terminal:
+    # Environment variables such as FORCE_COLOR make any output a terminal for rich.
+    is_live = console.is_terminal and console.file.isatty()
+    if not is_live or console.is_dumb_terminal:
         show = lambda text: console.print(printable(text), markup=False, soft_wrap=True)
         yield tenth_printer(show, is_percentage=is_percentage)
         return
