@@ -189,4 +189,11 @@ def sizes_of(name: str, defaults: dict[str, Any], sizes: dict[str, Any]) -> dict
     checks = {float: check_at_least_zero, tuple: check_sequences, int: check_counts}
     for size_name, size in sizes.items():
         checks[type(defaults[size_name])](**{size_name: size})
-    return defaults | sizes
+    to_number = lambda size: (
+        float(size) if hasattr(size, "dtype") and not is_traced(size) else size
+    )
+    numbers = {
+        name: to_number(size) if isinstance(defaults[name], float) else size
+        for name, size in sizes.items()
+    }
+    return defaults | numbers

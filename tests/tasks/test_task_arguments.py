@@ -503,3 +503,15 @@ def test_clusters_need_no_labels():
 def test_few_shot_images_need_a_shape(shape):
     with pytest.raises(ValueError, match=r"images|classes"):
         hg.tasks.few_shot.make(key=jax.random.key(0), images=jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("reinforcement", "step_size"), ("federated", "imbalance")]
+)
+def test_a_size_may_be_a_scalar_of_jax(name: str, size: str):
+    number, expected = (
+        jnp.float32(5.0),
+        TASKS[name].make(key=jax.random.key(0), **{size: 5.0}),
+    )
+    task = TASKS[name].make(key=jax.random.key(0), **{size: number})
+    chex.assert_trees_all_equal(task.problem.outer_data, expected.problem.outer_data)
