@@ -34,9 +34,9 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     """Returns the compiled function ``(w, alpha, key=None) -> Estimate``.
 
     The function starts the inner solver at ``w``. It may itself be jitted and vmapped.
-    Its results cannot be differentiated, because their derivatives are NaN; use
-    `argmin` for higher derivatives. Calls with the same objects and shapes share one
-    compiled program.
+    Do not differentiate its results, but use `argmin` for higher derivatives: reverse
+    mode fails in the loop of a solver, and where a derivative exists, it lacks what the
+    estimator cuts off. Calls with the same objects and shapes share one program.
 
     Args:
       problem: The problem.
