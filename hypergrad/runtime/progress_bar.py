@@ -46,7 +46,9 @@ def progress_bar(*, is_percentage: bool = False) -> Iterator[Update]:
     # Environment variables such as FORCE_COLOR make any output a terminal for rich.
     is_live = console.is_terminal and console.file.isatty()
     if not is_live or console.is_dumb_terminal:
-        show = lambda text: console.print(printable(text), markup=False, soft_wrap=True)
+        show = lambda text: console.print(
+            printable(text), markup=False, highlight=False, soft_wrap=True
+        )
         yield tenth_printer(show, is_percentage=is_percentage)
         return
     label = lambda text: columns.TextColumn(text, markup=False)

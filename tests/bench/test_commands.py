@@ -327,6 +327,17 @@ def test_compare_leaves_out_all_seconds(folder):
     assert not comparisons.compare(result, dataclasses.replace(result, rows=rows))
 
 
+def test_the_origin_of_rows_is_no_number(folder):
+    """Converted rows say so, and older ones do not name their precision."""
+    result = load_result(folder)
+    old = [
+        {k: x for k, x in row.items() if k != "float"} | {"converted_from": "0" * 40}
+        for row in result.rows
+    ]
+    differences = comparisons.compare(result, dataclasses.replace(result, rows=old))
+    assert {difference.kind for difference in differences} == {"provenance"}
+
+
 def test_compare_lists_the_tables_of_one_folder_in_one_line(folder, tmp_path):
     results = tmp_path / "results"
     results.mkdir()

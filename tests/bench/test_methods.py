@@ -70,6 +70,13 @@ def test_the_last_step_may_cost_more_than_is_left(row_costs, record_every):
     assert run.costs["gradient_equivalents"] == sum(row_costs)
 
 
+def test_the_sum_of_many_small_costs_does_not_drift():
+    """In float32 the sum of 100,000 times 0.1 is off by one part in 10,000."""
+    num = 100_000
+    run = run_at_cost([0.1] * num, 1, budget=0.1 * (num - 1))
+    np.testing.assert_allclose(run.costs["gradient_equivalents"], 0.1 * num, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "values",
     [{0.1, 0.2}, frozenset({0.1}), {0.1: "a"}, {0.1: 1}.keys(), "ab", (), np.array(1)],

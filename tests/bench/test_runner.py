@@ -30,7 +30,7 @@ from hypergrad.bench.rows import read_rows
 from hypergrad.bench.runner import RunOptions, run_table
 from hypergrad.bench.source import package_files
 from hypergrad.bench.timing import measure_seconds
-from hypergrad.bench.workers import WorkerPool
+from hypergrad.bench.workers import WorkerPool, executor_of
 from hypergrad.runtime import machine
 from hypergrad.runtime.atomic_io import lock_file
 
@@ -178,6 +178,13 @@ def test_executors_of_other_libraries_measure_the_same_rows(
     assert numbers_of(together) == numbers_of(alone)
 
 
+def completed(result):
+    """Returns a future that has this result."""
+    future = concurrent.futures.Future()
+    future.set_result(result)
+    return future
+
+
 class OtherDevice:
     """An executor that measures here and says that it has another device."""
 
@@ -185,9 +192,7 @@ class OtherDevice:
         self.device = device
 
     def submit(self, fn, *arguments):
-        future = concurrent.futures.Future()
-        future.set_result(fn(*arguments) | {"device": self.device})
-        return future
+        return completed(fn(*arguments) | {"device": self.device})
 
 
 def test_rows_name_the_device_of_the_worker_that_measured_them(run):
@@ -241,6 +246,26 @@ def test_a_pool_is_replaced_when_a_process_has_ended():
         pool.submit(os._exit, 3).result()
     assert pool.submit(abs, -2).result() == 2
     pool.shutdown()
+
+
+def test_a_run_that_is_stopped_ends_its_processes():
+    """Neither the cell that runs nor one that waits is finished."""
+    processes, futures = [], []
+
+    def run_until_stopped():
+        with executor_of(2) as pool:
+            pool.submit(abs, -2).result()
+            futures.extend(pool.submit(time.sleep, 10_000) for _ in range(9))
+            processes.extend(multiprocessing.active_children())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until_stopped()
+    for process in processes:
+        process.join(60)
+    assert not any(process.is_alive() for process in processes)
+    with pytest.raises((concurrent.futures.CancelledError, BrokenProcessPool)):
+        futures[-1].result()
 
 
 def test_blocks_that_are_measured_may_contain_others():
@@ -522,6 +547,16 @@ def test_a_method_that_fails_in_its_tuning_is_not_run_again(run_own, own_file):
     assert loading.import_file(file).calls == [1]
     assert "another argument" in result.failures["fails"]
     assert {row["method"] for row in result.rows} == {"nothing"}
+
+
+def test_an_executor_does_not_tune_a_method_that_failed(run_own, own_file):
+    """With one cell at a time; else others may run when the first one fails."""
+    file = own_file.with_name("calls.py")
+    file.write_text(CALLS)
+    executor = mock.Mock()
+    executor.submit = lambda fn, *arguments: completed(fn(*arguments))
+    run_own("calls.py:fails", only=("fails",), executor=executor, max_pending=1)
+    assert loading.import_file(file).calls == [1]
 
 
 def test_rows_of_other_settings_of_jax_are_refused(run):

@@ -1,6 +1,7 @@
 """`progress=True`: what the bar shows, and that it changes nothing."""
 
 import contextlib
+import math
 import os
 import pty
 import re
@@ -16,7 +17,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.progress import make_timer
+from hypergrad.progress import ProgressUpdate, make_timer, open_progress
 from hypergrad.runtime.progress_bar import progress_bar, tenth_printer
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 
@@ -195,6 +196,13 @@ def test_a_line_without_a_label_is_the_amount():
     assert lines == ["4 of 4"]
 
 
+def test_a_cost_that_is_nan_shows_no_progress(bar):
+    """As in a search, where a solver may report a number of calls that is unknown."""
+    with open_progress(True, "trial") as show:
+        show(ProgressUpdate(1, 0.5, math.nan))
+    assert bar[0][:2] == (0.0, 100)
+
+
 def test_a_notebook_shows_one_bar_that_changes(monkeypatch):
     """IPython is replaced by a module that collects what it would display."""
     module, markup = types.ModuleType("IPython.display"), []
@@ -236,7 +244,11 @@ def test_a_run_in_a_terminal_shows_a_bar_and_otherwise_ten_lines():
     assert process.returncode == 0
     assert "━" in text.decode()
     assert re.search(r"100%.*step 20, value .*, trusted \d+ of 20", text.decode())
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Systems for tests often set this variable, which is no terminal.
+    environment = os.environ | {"FORCE_COLOR": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    )
     lines = result.stderr.splitlines()
     assert len(lines) == 10
     assert result.stdout == ""

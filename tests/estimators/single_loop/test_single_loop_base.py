@@ -384,6 +384,47 @@ def test_bias_of_f2sa_is_inversely_proportional_to_its_penalty():
     np.testing.assert_allclose(slopes, -1, atol=0.05)
 
 
+WIDE = optax.sgd(0.1, momentum=np.float32(0.9))
+WIDE_STATES = [
+    hg.SOBA(WIDE),
+    hg.StocBiO(WIDE, 5, 5, step_size=0.5),
+    hg.AmIGO(WIDE, 5, 5),
+    hg.TTSA(WIDE, 5, step_size=0.5),
+    hg.F2SA(WIDE, 5, penalty=10.0),
+    hg.PZOBO(WIDE, 5, 2),
+    hg.VRBO(WIDE, 3, 5, period=2, step_size=0.5),
+]
+
+
+@pytest.mark.parametrize("method", WIDE_STATES, ids=lambda x: type(x).__name__)
+def test_a_number_of_a_wider_dtype_than_w_keeps_the_state_of_the_optimizer(method):
+    """As in `Descent`; the loss alone is in float32."""
+    widen = lambda w: w.astype(jnp.float32)
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * jnp.sum((widen(w) - alpha) ** 2),
+        lambda w, alpha, batch: 0.5 * jnp.sum((widen(w) - 1) ** 2),
+    )
+    w, alpha = jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.float32)
+    trace = hg.minimize(problem, method, optax.sgd(0.01), w, alpha, num_steps=3)
+    assert trace.status == "completed"
+    assert trace.w.dtype == jnp.bfloat16
+
+
+def test_repeated_steps_have_batches_of_their_own():
+    """The mean of the batches is 3.5; in each outer step of a pass it was one batch."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * jnp.mean((w - alpha - batch) ** 2),
+        lambda w, alpha, batch: 0.5 * (w - 1.0) ** 2,
+        hg.Batches(jnp.arange(8.0), 1, order="epoch"),
+    )
+    repeated = RepeatedSteps(hg.SOBA(optax.sgd(0.02)), 600)
+    trace = hg.minimize(
+        problem, repeated, optax.sgd(0.0), 0.0, 0.0, num_steps=4,
+        metrics={"w": lambda w, alpha, key: w},
+    )  # fmt: skip
+    np.testing.assert_allclose(trace.metrics["w"], 3.5, atol=1.0)
+
+
 # Invalid arguments.
 
 
