@@ -195,9 +195,8 @@ def findings(rows: list[Row]) -> list[Finding]:
         for name, values in (("SABA", saba), ("SOBA", soba)):
             difference = np.mean(values) - STORED[name][SHARES.index(share)]
             within = abs(difference) <= 2 * np.std(values, ddof=1)
-            if share > SHARES[0]:
-                text = f"{name}, p {share}: {100 * difference:+.2f} points, "
-                strict.append(text + ("within" if within else "outside"))
+            text = f"{name}, p {share}: {100 * difference:+.2f} points, "
+            strict.append(text + ("within" if within else "outside"))
     mean_lowest = lambda method: np.mean(
         [row["lowest"] for row in select(rows, method=method, p=0.5)]
     )

@@ -213,7 +213,8 @@ def body(rows: list[Row]) -> list[str]:
         "float64: gradient-equivalents (grad-eq) and Hessian-vector products. Its "
         "inner solve is Newton's method; it is descent down to rounding for "
         "num_newton_steps=1, for estimators that differentiate steps and for "
-        "PersistentEvolution.",
+        "PersistentEvolution. The cost of SOBA is that of the last of its steps, twice "
+        "as many as those that Unrolled makes.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

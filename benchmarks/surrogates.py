@@ -54,14 +54,15 @@ read once.
 Joint: Smooth-AP on digits: the double loop above; `Unrolled` over 50 steps of heavy
 ball (0.3, 0.9) from the last `w`, of which the reverse pass sees 10, 20 steps; `SOBA`
 with rate 0.1, batches of 60 and 125, 9,000 steps, which cost more than half of what the
-double loop may need; SOBA on all data, 1,300 steps, which cost the same. Smooth-AP is
-the mean over the classes that a batch has. Rates as above, for SOBA on batches in
-{0.003, 0.01, 0.03}. After every step, of SOBA twenty times a run, the model is
-retrained to convergence (not counted), and its exact mAP on validation compared with
-that at the last evaluation of the double loop. The cost to reach it, in
-gradient-equivalents of the last run, is that of the first evaluation as good. (The
-first full run had 4,000 steps of SOBA, fewer than half of the double loop's cost on
-seven of ten seeds, no SOBA on all data, and a mean over absent classes too.)
+double loop needed before it estimated its errors, and less since then; SOBA on all
+data, 1,300 steps, which cost the same. Smooth-AP is the mean over the classes that a
+batch has. Rates as above, for SOBA on batches in {0.003, 0.01, 0.03}. After every step,
+of SOBA twenty times a run, the model is retrained to convergence (not counted), and its
+exact mAP on validation compared with that at the last evaluation of the double loop.
+The cost to reach it, in gradient-equivalents of the last run, is that of the first
+evaluation as good. (The first full run had 4,000 steps of SOBA, fewer than half of the
+double loop's cost on seven of ten seeds, no SOBA on all data, and a mean over absent
+classes too.)
 
 Criteria: Seeds 0..9; paired differences over seeds, 95% intervals by Student's t.
 

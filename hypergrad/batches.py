@@ -87,7 +87,7 @@ class Batches(eqx.Module):
         self.batch_size = batch_size
         self.with_key = with_key
         self.order = order
-        self.shared = to_arrays(shared)
+        self.shared = to_arrays(shared, "shared")
         self.position = None
         leaves = jax.tree.leaves(self.data)
         if not leaves:

@@ -180,6 +180,8 @@ def _without_error_estimate(estimator: Any) -> Any:
         return dataclasses.replace(estimator, estimator=cheaper)
     is_adaptive = getattr(estimator, "rtol", None) is not None
     names = [x for x in ("estimate_error", "certify") if getattr(estimator, x, False)]
+    if getattr(estimator, "hvp_fn", None) is not None and "certify" not in names:
+        return None  # the error is not estimated with products of the user
     if is_adaptive or not names:
         return None
     return dataclasses.replace(estimator, **dict.fromkeys(names, False))
@@ -188,7 +190,8 @@ def _without_error_estimate(estimator: Any) -> Any:
 def _inner_solver(estimator: Any) -> Any:
     """Returns the solver that the estimator runs to its end, or None."""
     is_adaptive = getattr(estimator, "rtol", None) is not None
-    return None if is_adaptive else getattr(estimator, "solver", None)
+    is_cut = hasattr(estimator, "unroll_length")  # an estimate makes some of the steps
+    return None if is_adaptive or is_cut else getattr(estimator, "solver", None)
 
 
 def _repeat_estimate(num_estimates: int) -> Callable[..., tuple[Estimate, Any]]:

@@ -185,11 +185,11 @@ def _as_float_arrays(
     return tree
 
 
-def to_arrays(data: PyTree) -> PyTree:
-    """Converts each leaf to an array; a leaf must be numeric and not empty."""
+def to_arrays(data: PyTree, argument: str = "data") -> PyTree:
+    """Converts each leaf to an array, which must be numeric; data must not be empty."""
 
     def convert(path, leaf):
-        name = f"data leaf {jax.tree_util.keystr(path)}" if path else "data"
+        name = f"{argument} leaf {jax.tree_util.keystr(path)}" if path else argument
         try:
             array = jnp.asarray(leaf)
         except (TypeError, ValueError, OverflowError) as error:
@@ -197,7 +197,7 @@ def to_arrays(data: PyTree) -> PyTree:
                 f"{name} must be a numeric array; got {type(leaf).__name__} "
                 f"of {getattr(leaf, 'dtype', 'no numbers')}. {_remedy_for_data(leaf)}."
             ) from error
-        if array.size == 0:
+        if array.size == 0 and argument == "data":
             raise ValueError(
                 f"{name} must hold at least one example; got shape "
                 f"{array.shape}. A loss over no examples has no gradient."

@@ -91,7 +91,10 @@ def train(w: PyTree, gates: Gates, splits: PyTree) -> tuple[Array, Array]:
 NUM_PREFERENCES = 24
 INIT_GATE = 0.9
 ESTIMATOR = hg.Implicit(
-    hg.Descent(STEP, 10), hg.CG(max_steps=5, preconditioner=None), damping=0.01
+    hg.Descent(STEP, 10),
+    hg.CG(max_steps=5, preconditioner=None),
+    damping=0.01,
+    estimate_error=False,
 )
 RATES = (0.2, 0.4, 0.8)
 

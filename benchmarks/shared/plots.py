@@ -91,6 +91,7 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
             panels, (cost[-1], np.median(seconds or [np.nan])), strict=True
         ):
             at = whole * cost / cost[-1]
+            at = np.where(at > 0, at, np.nan)  # the start has no place on a log axis
             axis.plot(at, middle, lw=1.5, label=method, **style)
             axis.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
     labels = "gradient-equivalents", "seconds, in proportion to cost"

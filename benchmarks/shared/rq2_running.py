@@ -68,7 +68,11 @@ class DescentConfig(NamedTuple):
 TEN_STEPS = hg.Descent(optax.sgd(0.3, momentum=0.9), num_steps=10)
 DESCENT_CONFIGS = {
     "converged": DescentConfig(
-        hg.Implicit(TRAINING, hg.CG(rtol=1e-2, max_steps=100, preconditioner=None)),
+        hg.Implicit(
+            TRAINING,
+            hg.CG(rtol=1e-2, max_steps=100, preconditioner=None),
+            estimate_error=False,
+        ),
         (0.01, 0.03, 0.1, 0.3),
         {"noisy digits": 30.0, "few words": 10.0},
     ),

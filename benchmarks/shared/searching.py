@@ -155,12 +155,20 @@ class Descent(NamedTuple):
 
 DESCENTS = {
     "implicit": Descent(
-        hg.Implicit(hg.Newton(tolerance=1e-3), hg.CG(rtol=0.1, preconditioner=None)),
+        hg.Implicit(
+            hg.Newton(tolerance=1e-3),
+            hg.CG(rtol=0.1, preconditioner=None),
+            estimate_error=False,
+        ),
         RATES,
         250,
     ),
     "implicit, 10 steps": Descent(
-        hg.Implicit(hg.Descent(STEP, 10), hg.CG(max_steps=5, preconditioner=None)),
+        hg.Implicit(
+            hg.Descent(STEP, 10),
+            hg.CG(max_steps=5, preconditioner=None),
+            estimate_error=False,
+        ),
         RATES,
         250,
     ),

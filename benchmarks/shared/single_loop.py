@@ -118,6 +118,7 @@ def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
             hg.Descent(sgd, 10),
             hg.CG(max_steps=10, preconditioner=None),
             warm_start=True,
+            estimate_error=False,
         ),
     }
 

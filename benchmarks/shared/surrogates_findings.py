@@ -128,6 +128,9 @@ def reaching_claim(rows: list[Row], method: str) -> Finding:
     if method != "SOBA":
         return Finding(text)
     text += ", all seeds and at most 0.5 claimed"
+    if np.any(~reached & (total < 0.5 * double_loop)):
+        text += "; runs that do not reach it ended before half of the cost"
+        return Finding(text, "undecided")
     return conclude(text, bool(reached.all()) and mean <= 0.5, cost.size)
 
 

@@ -90,11 +90,20 @@ def test_the_programs_are_the_estimate_its_solve_and_one_without_an_error_estima
         (hg.Average(hg.Unrolled(SOLVER), 2), {"whole"}),
         (hg.Average(hg.Implicit(SOLVER), 2), {"whole", "cheaper"}),
         (hg.Penalty(SOLVER, 10.0), {"whole", "solve"}),
+        (
+            hg.PersistentEvolution(SOLVER, 0.1, 1, unroll_length=1),
+            {"whole"},
+        ),
+        (
+            hg.Implicit(SOLVER, hvp_fn=lambda w, alpha, batch, v: v),
+            {"whole", "solve"},
+        ),
     ],
     ids=[
         *("Unrolled", "Unrolled, certified", "Reversible, certified"),
         *("Implicit without an error estimate", "Implicit, rtol"),
         *("Average of Unrolled", "Average of Implicit", "Penalty"),
+        *("PersistentEvolution", "Implicit, hvp_fn"),
     ],
 )
 def test_parts_that_an_estimator_lacks_are_not_measured(monkeypatch, estimator, names):
