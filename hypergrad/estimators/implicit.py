@@ -124,7 +124,7 @@ class Implicit(eqx.Module):
       one more, which yields the cross term and the true residual. The diagonal scaling
       takes eight products for the first estimate and two for each later one, or one per
       parameter in every estimate if there are at most eight. The error estimate takes
-      five products and the second outer gradient, eight more where a Newton step does
+      five products and the second outer gradient, nine more where a Newton step does
       not change ``dL/dw`` as the Hessian predicts, and a warm start from the previous
       adjoint and duals four products. With a linear solver other than `CG` with its
       diagonal preconditioner, or with damping, the error estimate takes up to 25

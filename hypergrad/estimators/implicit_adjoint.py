@@ -100,7 +100,7 @@ def solve_adjoint(
     Cost:
       For the error estimate with `scaled_cg` five products and one outer gradient, two
       products for the duals of the previous estimate, one after negative curvature, and
-      eight where a Newton step does not lower ``dL/dw`` as predicted; with any other
+      nine where a Newton step does not lower ``dL/dw`` as predicted; with any other
       solver up to 25 steps of `scaled_cg` more. `confirm_error` adds its own.
     """
     with_error = rtol is not None

@@ -476,6 +476,12 @@ def test_a_dry_run_takes_seconds_of_the_same_budget_and_scale(shared_file, folde
         (("cite", "SOAB"), "Similar names: SOBA"),
         (("cite", "tasks"), "'tasks' to cite"),
     ],
+    ids=[
+        *("no such table", "a method of a text file", "a method that fails"),
+        *("no cells", "a file without a table", "a file without a function"),
+        *("a method without a grid", "a check of no table", "a folder without rows"),
+        *("no such folder", "nothing to cite", "a misspelt name", "a module"),
+    ],
 )
 def test_a_wrong_argument_is_one_line_that_names_it(folder, arguments, message):
     (folder / "mine.txt").touch()

@@ -122,8 +122,8 @@ def test_a_page_counts_the_trusted_estimates_of_the_table(page: str):
     to_number = lambda text: int(text.replace(",", ""))
     numbers = [tuple(map(to_number, filter(None, groups))) for groups in statements]
     assert numbers == [(totals["default"], totals["certificate"])]
-    for number in re.findall(r"of (\d+) trusted implicit", text):
-        assert int(number) == totals["default"]
+    for number in re.findall(r"of ([\d,]+) trusted implicit", text):
+        assert to_number(number) == totals["default"]
 
 
 def test_the_page_of_results_claims_what_the_tables_support():

@@ -29,7 +29,7 @@ TASK = Task("toy", "none", "", None, None, TRACE.w, TRACE.alpha, None, {})
 def run_at_cost(row_costs: list[float], record_every: int, budget: float):
     """Runs a method whose trace has rows of these costs."""
     stats = {
-        "gradient_equivalents": jnp.asarray(row_costs),
+        "gradient_equivalents": jnp.asarray(row_costs, "float32"),
         "num_hvps": jnp.zeros(len(row_costs)),
         "trusted": jnp.ones(len(row_costs), bool),
     }
@@ -71,10 +71,12 @@ def test_the_last_step_may_cost_more_than_is_left(row_costs, record_every):
 
 
 def test_the_sum_of_many_small_costs_does_not_drift():
-    """In float32 the sum of 100,000 times 0.1 is off by one part in 10,000."""
-    num = 100_000
-    run = run_at_cost([0.1] * num, 1, budget=0.1 * (num - 1))
-    np.testing.assert_allclose(run.costs["gradient_equivalents"], 0.1 * num, rtol=1e-6)
+    """The cost of each step is in float32, in which their sum would be rounded."""
+    num, cost = 100_000, float(np.float32(0.1))
+    run = run_at_cost([cost] * num, 1, budget=cost * (num - 1))
+    np.testing.assert_allclose(
+        run.costs["gradient_equivalents"], cost * num, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(

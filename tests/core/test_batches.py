@@ -446,3 +446,12 @@ def test_a_number_of_numpy_is_refused_with_a_remedy():
         hg.Batches(jnp.arange(6.0), np.int64(4))
     with pytest.raises(ValueError, match=r"num_steps .* Write 3\."):
         hg.Descent(optax.sgd(0.1), np.int64(3))
+
+
+def test_shared_arrays_may_be_empty_and_are_named_in_errors():
+    """As the edges of a graph that has none."""
+    edges = jnp.zeros((0, 2), int)
+    batch = hg.Batches(jnp.arange(6.0), 2, shared=edges).full_batch()
+    assert batch[1].shape == (0, 2)
+    with pytest.raises(TypeError, match="shared leaf"):
+        hg.Batches(jnp.arange(6.0), 2, shared={"edges": "abc"})

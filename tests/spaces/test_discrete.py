@@ -85,8 +85,9 @@ def test_more_values_than_integers_of_32_bits_are_an_error():
 def test_large_integers_are_told_apart():
     """As floats of 32 bits the two are equal."""
     space = Choice([2**24, 2**24 + 1])
-    for t in (0.25, 0.75):
-        assert space.to_unit(space.from_unit(t)) == t
+    with compat.enable_x64(False):
+        for t in (0.25, 0.75):
+            assert space.to_unit(space.from_unit(t)) == t
 
 
 def test_choices_of_more_than_32_bits_are_refused():
