@@ -22,7 +22,7 @@ from .linear.equilibration import equilibrate
 from .lost_derivative_checks import check_no_lost_derivative
 from .minimum_checks import gradient_scale, is_stationary
 from .problem_checks import check_scalar_loss
-from .products import Loss, cross_jvp, hvp
+from .products import Loss, convert_closure, cross_jvp, hvp
 from .shard_map_checks import check_same_on_devices
 from .trees import apply_unless, hash_normal, max_machine_eps, safe_norm, scale
 from .validation import (
@@ -111,9 +111,9 @@ def argmin(
         run_solver = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
         shapes = jax.eval_shape(run_solver, init_w)
         check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)
-        pure_loss, arrays = jax.closure_convert(loss, init_w, alpha, batch)
-        solve = _make_differentiable_solve(pure_loss, solver, linear_solver, key)
-        return restore_keys(solve(init_w, (alpha, batch, *arrays)), keys_of(w0))
+        pure_loss, arrays = convert_closure(loss, init_w, alpha, batch)
+        solve = _make_differentiable_solve(pure_loss, solver, linear_solver)
+        return restore_keys(solve(init_w, (alpha, batch, *arrays), key), keys_of(w0))
 
     return solution_fn
 
@@ -132,22 +132,22 @@ def _check_arguments(
     check_linear_solver(linear_solver)
 
 
-def _make_differentiable_solve(loss, solver, linear_solver, key):
-    """Returns ``(w0, (alpha, batch, *closed_over)) -> w*`` with its derivative."""
+def _make_differentiable_solve(loss, solver, linear_solver):
+    """Returns ``(w0, (alpha, batch, *closed_over), key) -> w*`` with its derivative."""
 
     @jax.custom_jvp
-    def solve(w0, args):
+    def solve(w0, args, key):
         alpha, batch, *closed_over = args
         inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
         return solver.solve(inner_loss, w0, alpha, batch, key)[0]
 
     def solve_jvp(primals, tangents):
-        (w0, args), (_, args_dot) = primals, tangents
+        (w0, args, key), (_, args_dot, _) = primals, tangents
         is_zero = lambda x: isinstance(x, SymbolicZero)
         differentiated = [not is_zero(x) for x in jax.tree.leaves(args_dot, is_zero)]
         check_no_lost_derivative("inner_loss", loss, w0, args, differentiated)
         args_dot = jax.tree.map(_instantiate, args_dot, is_leaf=is_zero)
-        w = solve(w0, args)
+        w = solve(w0, args, key)
         # H dw* = -d(dL/dw)
         grad_dot = cross_jvp(loss, w, args, args_dot)
         # Ravel first: JAX cannot transpose a solve in which some leaves are constant.

@@ -388,6 +388,8 @@ def _relative_errors(
 
     errors = jax.vmap(directional_error)(random_directions(alpha), terms.duals)
     correction = relative_to_h(jnp.sqrt(jnp.mean(errors**2)))
+    adjoint_change = relative_to_h(norm(divide(new.cross_change, unit)))
+    has_change = ~is_zero(terms.adjoint_change)  # else J(w+) may be NaN all the same
     relative_change = relative_to_h(
         norm(divide(change, unit))
         + norm(divide(result.cross, unit)) * norm_ratio(residual_change, scaled_b)
@@ -396,7 +398,7 @@ def _relative_errors(
         correction=correction,
         correction_bound=_correction_factor(alpha) * correction,
         relative_change=jnp.where(is_blind, jnp.inf, relative_change),
-        adjoint_change=relative_to_h(norm(divide(new.cross_change, unit))),
+        adjoint_change=jnp.where(has_change, adjoint_change, 0.0),
         adjoint_residual=norm_ratio(residual, scaled_b),
         negative_curvature=terms.is_negative,
         ill_conditioned=terms.is_ill_conditioned,

@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .runtime.all_cores import on_all_cores
@@ -114,6 +115,42 @@ def hvp_and_cross_vjp(
     return inner_grad, Hv, cross
 
 
+def convert_closure(
+    f: Callable[..., Any], *args: PyTree
+) -> tuple[Callable[..., Any], list[Array]]:
+    """Returns ``(g, arrays)`` for which ``g(*args, *arrays)`` is ``f(*args)``.
+
+    The arrays are all those that ``f`` closes over and that are traced. A rule of
+    `jax.custom_jvp` or `jax.custom_vjp` that closes over them would use them when their
+    trace has ended. Unlike `jax.closure_convert` this is so for integers and PRNG keys
+    too, which have no derivative.
+
+    >>> import jax
+    >>> def mean_of_some(x, indices):
+    ...     g, arrays = convert_closure(lambda x: x[indices].mean(), x)
+    ...     assert len(arrays) == 1
+    ...     return g(x, *arrays)
+    >>> float(jax.jit(mean_of_some)(jnp.arange(4.0), jnp.array([1, 3])))
+    2.0
+    """
+    jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*args)
+    is_traced = [isinstance(x, Tracer) for x in jaxpr.consts]
+    num_traced = sum(is_traced)
+
+    def g(*args_and_arrays: PyTree) -> Any:
+        split = len(args_and_arrays) - num_traced
+        arrays = iter(args_and_arrays[split:])
+        consts = [
+            next(arrays) if traced else x
+            for traced, x in zip(is_traced, jaxpr.consts, strict=True)
+        ]
+        leaves = jax.tree.leaves(args_and_arrays[:split])
+        results = jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *leaves)
+        return jax.tree.unflatten(jax.tree.structure(result), results)
+
+    return g, [x for x in jaxpr.consts if isinstance(x, Tracer)]
+
+
 def with_mixed_mode(loss: Loss) -> Loss:
     """Returns the loss with a gradient in ``w`` that is differentiated in mixed mode.
 
@@ -146,18 +183,16 @@ def with_mixed_mode(loss: Loss) -> Loss:
         split_loss = lambda w, floats, non_floats: loss(
             w, *eqx.combine(floats, non_floats, static)
         )
-        # All that may be differentiated is an argument of the rules, also what the
-        # loss closes over.
-        closed_loss, closed_over = jax.closure_convert(
-            split_loss, w, floats, non_floats
-        )
+        # What is traced is an argument of the rules, also what the loss closes over.
+        closed_loss, closed_over = convert_closure(split_loss, w, floats, non_floats)
+        more_floats, others = eqx.partition(closed_over, eqx.is_inexact_array)
         return _mixed_mode_value(
             lambda w, floats, non_floats: closed_loss(
-                w, floats[0], non_floats, *floats[1]
+                w, floats[0], non_floats[0], *eqx.combine(floats[1], non_floats[1])
             ),
             w,
-            (floats, closed_over),
-            non_floats,
+            (floats, more_floats),
+            (non_floats, others),
         )
 
     return mixed_loss

@@ -278,15 +278,15 @@ class AdaptiveSolve(eqx.Module):
         # k Newton steps reduce an error e to O(e^(2^k)); aim at 2/3 of the tolerance.
         order = 2**self.estimator.num_newton_steps
         tol_factor = (self.rtol / (1.5 * inner_error)) ** (1 / order)
+        tol_factor = jnp.nan_to_num(tol_factor)  # NaN outside of the loss's domain
         max_tol = jnp.maximum(MAX_TOL_CHANGE * grad_norm, state.grad_tol)
-        # A round without inner steps does not test a larger tolerance.
         default_tol = self.pre_newton_tol * grad_norm
         untested_tol = jnp.where(inner_error <= self.rtol, state.grad_tol, default_tol)
         has_steps = counts["num_steps"] > state.counts["num_steps"]
         min_tol = jnp.where(has_steps, grad_norm / MAX_TOL_CHANGE, untested_tol)
         tol = jnp.clip(grad_norm * tol_factor, min_tol, max_tol)
-        is_stuck = ~has_steps & linear_stats["negative_curvature"]
-        return jnp.where(is_stuck, default_tol, tol)
+        is_negative = linear_stats["negative_curvature"]
+        return jnp.where(~has_steps & is_negative, default_tol, tol)
 
     def run_inner_steps(
         self, carry: PyTree, inner_grad: PyTree, grad_tol: Scalar, counts: InnerStats

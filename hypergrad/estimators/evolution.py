@@ -23,6 +23,7 @@ from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
     inner_grad_norm,
+    inner_grad_norm_if_any,
     make_run_fn,
     next_state,
 )
@@ -134,11 +135,12 @@ class Evolution(eqx.Module):
             + count_batch(minus_stats[name])
         )
         num_runs = 2 * self.num_pairs + 1
+        grad_norm, num_grads = inner_grad_norm_if_any(problem, data, w, alpha)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=total("num_grads") + 1,  # one for inner_grad_norm
+            num_grads=total("num_grads") + num_grads,
             num_hvps=total("num_hvps"),
             num_values=total("num_values"),
             num_outer_values=num_runs * value.size * outer_fraction,
@@ -148,7 +150,7 @@ class Evolution(eqx.Module):
             hypergradient,
             w,
             flags={"random": True},
-            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            inner_grad_norm=grad_norm,
             num_inner_steps=solver_stats["num_steps"],
             standard_error=error,
             **costs,

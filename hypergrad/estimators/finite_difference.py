@@ -20,7 +20,7 @@ from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
-    inner_grad_norm,
+    inner_grad_norm_if_any,
     make_run_fn,
     next_state,
     unravel_derivatives,
@@ -266,10 +266,11 @@ class CentralDifference(eqx.Module):
         total = lambda name: solver_stats[name] + jnp.sum(pair_stats[name])
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         num_runs = 2 * flat_alpha.size + 1
+        grad_norm, num_grads = inner_grad_norm_if_any(problem, data, w, alpha)
         costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=total("num_grads") + 1,  # one for inner_grad_norm
+            num_grads=total("num_grads") + num_grads,
             num_hvps=total("num_hvps"),
             num_values=total("num_values"),
             num_outer_values=num_runs * outer_fraction * value.size,
@@ -279,7 +280,7 @@ class CentralDifference(eqx.Module):
             unravel_derivatives(derivatives, flat_alpha, unravel),
             w,
             flags={"difference_error": True},
-            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            inner_grad_norm=grad_norm,
             num_inner_steps=solver_stats["num_steps"],
             **costs,
         )

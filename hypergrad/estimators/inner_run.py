@@ -290,6 +290,20 @@ def inner_grad_norm(
     return safe_norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
 
 
+def inner_grad_norm_if_any(
+    problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+) -> tuple[Array, int]:
+    """Returns `inner_grad_norm` and 1 gradient, or NaN and 0 for a loss without any.
+
+    For estimators that work without derivatives: a callback or a loop of unknown length
+    has none in reverse mode.
+    """
+    try:
+        return inner_grad_norm(problem, data, w, alpha), 1
+    except (TypeError, ValueError, NotImplementedError):
+        return jnp.asarray(jnp.nan, float), 0
+
+
 def unravel_derivatives(
     derivatives: Float[Array, "N ..."],
     flat_alpha: Float[Array, " N"],

@@ -306,6 +306,44 @@ def test_implicit_is_the_gradient_through_argmin():
     assert_close(gradient, reference.exact(reference.alpha))
 
 
+STAGED = {
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=1)[0],
+}
+
+
+@pytest.mark.parametrize("stage", STAGED.values(), ids=STAGED)
+def test_the_key_of_the_solver_outlives_a_trace(stage):
+    """`Descent` splits its key, which is made inside of the trace."""
+    loss = lambda w, alpha, batch: jnp.sum((w - jnp.exp(alpha)) ** 2)
+    f = stage(
+        lambda alpha: hg.argmin(loss, hg.Descent(optax.sgd(0.3), 100))(0.0, alpha)
+    )
+    np.testing.assert_allclose(jax.grad(f)(0.1), np.exp(0.1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [jax.jit, jax.checkpoint])
+def test_integers_that_the_loss_closes_over_may_be_traced(stage):
+    """The derivative is that of the loss with labels that are constants."""
+
+    def solve(alpha, labels):
+        def loss(w, alpha, batch):
+            logits = jnp.eye(6, 4) @ w
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            penalty = jnp.exp(alpha) * jnp.sum(w**2)
+            return cross_entropy(logits, labels).mean() + penalty
+
+        w = hg.argmin(loss, hg.Newton())(jnp.zeros((4, 3)), alpha)
+        return jnp.sum(w**2)
+
+    labels = jnp.arange(6) % 3
+    expected = jax.grad(lambda alpha: solve(alpha, labels))(0.1)
+    actual = jax.grad(lambda alpha: stage(solve)(alpha, labels))(0.1)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert expected != 0
+
+
 def test_inside_scan_and_checkpoint():
     """Ten outer steps, differentiated by their starting point."""
 

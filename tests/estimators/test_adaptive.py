@@ -563,6 +563,28 @@ def test_a_start_beside_a_saddle_is_left(num_newton_steps):
     np.testing.assert_allclose(result.w, 1.0, rtol=1e-1)
 
 
+def test_a_step_out_of_the_domain_of_the_loss_does_not_end_the_rounds():
+    """The second entry of the minimum is 1; a Newton step from 100 is negative."""
+    inner = lambda w, alpha, batch: (
+        0.5 * (w[0] - alpha) ** 2 + 2 / 3 * w[1] ** 1.5 - alpha * w[1]
+    )
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 2.0) ** 2)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 5000), rtol=1e-2)
+    w, problem = jnp.array([1e5, 100.0]), hg.Bilevel(inner, outer)
+    estimate = hg.hypergradient(problem, estimator)(w, 1.0)
+    assert estimate.trusted
+    # dw*/dalpha = (1, 2 alpha) and dM/dw = (-1, -1)
+    np.testing.assert_allclose(estimate.hypergradient, -3.0, rtol=1e-2)
+
+
+def test_a_step_out_of_the_domain_is_not_the_fault_of_the_adjoint():
+    inner = lambda w, alpha, batch: alpha * 2 / 3 * w**1.5 - w
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: 0.5 * (w - 2.0) ** 2)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 10))
+    flags = hg.hypergradient(problem, estimator)(100.0, 1.0).flags
+    assert {name for name, flag in flags.items() if flag} == {"inner_error"}
+
+
 def test_nan_ends_the_rounds():
     """No further inner steps are made, and the estimate is not trusted."""
     result = run_double_well(1.1, factor=jnp.nan)

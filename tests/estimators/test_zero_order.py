@@ -601,3 +601,26 @@ def test_a_number_of_numpy_does_not_widen_the_hypergradient(estimator):
     )
     assert trace.status == "completed"
     assert trace.alpha.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "num_runs"),
+    [
+        (hg.CentralDifference, 3),
+        (lambda solver: hg.Evolution(solver, 0.1, 1000), 2001),
+    ],
+    ids=["CentralDifference", "Evolution"],
+)
+def test_an_inner_loss_without_a_gradient_has_no_norm_of_it(make, num_runs):
+    """A loop of unknown length; the formula of the minimum counts as a gradient."""
+
+    def inner(w, alpha, batch):
+        add = lambda carry: (carry[0] + (w - alpha) ** 2, carry[1] + 1)
+        return jax.lax.while_loop(lambda carry: carry[1] < 3, add, (0.0 * w, 0))[0]
+
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: w**2)
+    estimator = make(hg.ClosedForm(lambda alpha, batch: alpha))
+    estimate = hg.hypergradient(problem, estimator)(0.0, 1.0)
+    np.testing.assert_allclose(estimate.hypergradient, 2.0, rtol=0.2)
+    assert np.isnan(estimate.stats["inner_grad_norm"])
+    assert estimate.stats["num_grads"] == num_runs
