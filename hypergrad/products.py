@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun  # pyright: ignore
 from jaxtyping import Array, PyTree
 
 from .runtime.all_cores import on_all_cores
@@ -145,7 +146,7 @@ def convert_closure(
             for traced, x in zip(is_traced, jaxpr.consts, strict=True)
         ]
         leaves = jax.tree.leaves(args_and_arrays[:split])
-        results = jax.core.eval_jaxpr(jaxpr.jaxpr, consts, *leaves)
+        results = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*leaves)
         return jax.tree.unflatten(jax.tree.structure(result), results)
 
     return g, [x for x in jaxpr.consts if isinstance(x, Tracer)]
@@ -185,14 +186,14 @@ def with_mixed_mode(loss: Loss) -> Loss:
         )
         # What is traced is an argument of the rules, also what the loss closes over.
         closed_loss, closed_over = convert_closure(split_loss, w, floats, non_floats)
-        more_floats, others = eqx.partition(closed_over, eqx.is_inexact_array)
+        more_floats, remainder = eqx.partition(closed_over, eqx.is_inexact_array)
         return _mixed_mode_value(
             lambda w, floats, non_floats: closed_loss(
                 w, floats[0], non_floats[0], *eqx.combine(floats[1], non_floats[1])
             ),
             w,
             (floats, more_floats),
-            (non_floats, others),
+            (non_floats, remainder),
         )
 
     return mixed_loss

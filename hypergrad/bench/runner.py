@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from .rows import (
 )
 from .source import digest_package
 from .table import BaseTable
+from .workers import await_all, worker_message
 
 #: Fields of a row that must be equal in all rows of a file.
 COMMON_FIELDS = ("table", "scale", "budget", "data", *provenance.COMMON_FIELDS)
@@ -353,66 +353,17 @@ def _measure_each(
         measure_cell, ref, cell, options.scale, earlier
     )
     interrupted = []
-    for cell, outcome in _await_all(submit, cells, options.max_pending, failures):
+    for cell, outcome in await_all(submit, cells, options.max_pending, failures):
         if isinstance(outcome, concurrent.futures.BrokenExecutor):
             interrupted.append(cell)
         else:
             yield cell, outcome
     # A cell that ends its worker also interrupts the cells that wait beside it. If
     # each is measured alone, only the cell itself fails.
-    for cell, outcome in _await_all(submit, interrupted, 1, failures):
+    for cell, outcome in await_all(submit, interrupted, 1, failures):
         if isinstance(outcome, concurrent.futures.BrokenExecutor):
-            outcome = _worker_message(outcome)
+            outcome = worker_message(outcome)
         yield cell, outcome
-
-
-def _await_all(
-    submit: Callable[[Cell], Any],
-    cells: Sequence[Cell],
-    max_pending: int,
-    failures: dict[str, str],
-) -> Iterator[tuple[Cell, Row | str | concurrent.futures.BrokenExecutor]]:
-    """Yields each cell with its outcome, or with the error of a broken executor."""
-    waiting, futures = list(reversed(cells)), {}
-    while waiting or futures:
-        while waiting and len(futures) < max_pending:
-            cell = waiting.pop()
-            if (message := failures.get(str(cell["method"]))) is not None:
-                yield cell, message
-                continue
-            try:
-                future = submit(cell)
-            except concurrent.futures.BrokenExecutor as error:
-                yield cell, error
-                continue
-            futures[future] = cell
-        for future in _wait_for_some(list(futures)):
-            yield futures.pop(future), _outcome(future)
-
-
-def _wait_for_some(futures: list) -> list:
-    """Returns futures that are done; waits for at least one."""
-    if all(isinstance(x, concurrent.futures.Future) for x in futures):
-        done, _ = concurrent.futures.wait(
-            futures, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        return list(done)
-    while not (done := [future for future in futures if future.done()]):
-        time.sleep(0.05)  # futures of other libraries can only be asked
-    return done
-
-
-def _outcome(future: Any) -> Row | str | concurrent.futures.BrokenExecutor:
-    try:
-        return future.result()
-    except concurrent.futures.BrokenExecutor as error:
-        return error
-    except (Exception, SystemExit) as error:  # the worker failed
-        return _worker_message(error)
-
-
-def _worker_message(error: BaseException) -> str:
-    return f"{type(error).__name__} of the worker: {error}"
 
 
 def data_fingerprint(table: BaseTable) -> str:

@@ -3,8 +3,11 @@
 import concurrent.futures
 import contextlib
 import multiprocessing
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from .rows import Cell, Row
 
 
 class WorkerPool:
@@ -67,3 +70,53 @@ def executor_of(workers: int) -> Iterator[WorkerPool | None]:
         pool.abort()
         raise
     pool.shutdown()
+
+
+def await_all(
+    submit: Callable[[Cell], Any],
+    cells: Sequence[Cell],
+    max_pending: int,
+    failures: dict[str, str],
+) -> Iterator[tuple[Cell, Row | str | concurrent.futures.BrokenExecutor]]:
+    """Yields each cell with its outcome, or with the error of a broken executor."""
+    waiting, futures = list(reversed(cells)), {}
+    while waiting or futures:
+        while waiting and len(futures) < max_pending:
+            cell = waiting.pop()
+            if (message := failures.get(str(cell["method"]))) is not None:
+                yield cell, message
+                continue
+            try:
+                future = submit(cell)
+            except concurrent.futures.BrokenExecutor as error:
+                yield cell, error
+                continue
+            futures[future] = cell
+        for future in _wait_for_some(list(futures)):
+            yield futures.pop(future), _outcome(future)
+
+
+def _wait_for_some(futures: list) -> list:
+    """Returns futures that are done; waits for at least one."""
+    if all(isinstance(x, concurrent.futures.Future) for x in futures):
+        done, _ = concurrent.futures.wait(
+            futures, return_when=concurrent.futures.FIRST_COMPLETED
+        )
+        return list(done)
+    while not (done := [future for future in futures if future.done()]):
+        time.sleep(0.05)  # futures of other libraries can only be asked
+    return done
+
+
+def _outcome(future: Any) -> Row | str | concurrent.futures.BrokenExecutor:
+    try:
+        return future.result()
+    except concurrent.futures.BrokenExecutor as error:
+        return error
+    except (Exception, SystemExit) as error:  # the worker failed
+        return worker_message(error)
+
+
+def worker_message(error: BaseException) -> str:
+    """Returns the error of a worker in words."""
+    return f"{type(error).__name__} of the worker: {error}"
