@@ -105,6 +105,8 @@ from .shared.poisoning_data import (
     NUM_CLASSES,
     NUM_TRAIN,
     OUTER_LOSSES,
+    PAPER,
+    QUOTED,
     SOURCE_CLASS,
     TARGET_CLASS,
     Data,
@@ -416,18 +418,6 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 TEXT = "text of the experiments"
-PAPER: dict[tuple[str, str], tuple[tuple[float, float | None], ...]] = {
-    ("label flipping", "untargeted"): ((86.71, 0.32), (85.17, 0.96), (84.64, 0.69)),
-    ("approximate gradient", "untargeted"): (
-        (82.09, 0.84), (74.41, 1.14), (66.91, 0.89)
-    ),
-    ("penalty", "untargeted"): ((83.29, 0.43), (75.14, 1.09), (67.59, 1.17)),
-    ("label flipping", "targeted"): ((7.76, 1.07), (18.36, 1.23), (32.88, 3.47)),
-    ("approximate gradient", "targeted"): ((18.84, 1.90), (52.76, 2.69), (71.48, 4.24)),
-    ("penalty", "targeted"): ((17.40, 3.00), (51.40, 2.72), (70.01, 2.95)),
-}  # fmt: skip
-#: Numbers of reverse mode, which the paper quotes without deviations.
-QUOTED = {"untargeted": (85.0, 82.0, 79.0), "targeted": (10.0, 25.0)}
 
 table = MeasurementTable(
     cells=lambda scale, seeds: [
