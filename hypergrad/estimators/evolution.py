@@ -23,7 +23,7 @@ from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
     inner_grad_norm,
-    inner_grad_norm_if_any,
+    inner_grad_norm_or_nan,
     make_run_fn,
     next_state,
 )
@@ -135,7 +135,7 @@ class Evolution(eqx.Module):
             + count_batch(minus_stats[name])
         )
         num_runs = 2 * self.num_pairs + 1
-        grad_norm, num_grads = inner_grad_norm_if_any(problem, data, w, alpha)
+        grad_norm, num_grads = inner_grad_norm_or_nan(problem, data, w, alpha)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,

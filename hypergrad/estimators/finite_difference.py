@@ -20,7 +20,7 @@ from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
-    inner_grad_norm_if_any,
+    inner_grad_norm_or_nan,
     make_run_fn,
     next_state,
     unravel_derivatives,
@@ -266,7 +266,7 @@ class CentralDifference(eqx.Module):
         total = lambda name: solver_stats[name] + jnp.sum(pair_stats[name])
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         num_runs = 2 * flat_alpha.size + 1
-        grad_norm, num_grads = inner_grad_norm_if_any(problem, data, w, alpha)
+        grad_norm, num_grads = inner_grad_norm_or_nan(problem, data, w, alpha)
         costs = cost_stats(
             data.inner_data,
             data.outer_data,

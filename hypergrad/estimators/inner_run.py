@@ -290,7 +290,7 @@ def inner_grad_norm(
     return safe_norm(jax.grad(problem.inner_loss)(w, alpha, data.inner_batch()))
 
 
-def inner_grad_norm_if_any(
+def inner_grad_norm_or_nan(
     problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
 ) -> tuple[Array, int]:
     """Returns `inner_grad_norm` and 1 gradient, or NaN and 0 for a loss without any.
@@ -298,8 +298,11 @@ def inner_grad_norm_if_any(
     For estimators that work without derivatives: a callback or a loop of unknown length
     has none in reverse mode.
     """
+    # An error of the loss itself is raised here, so that only its gradient may fail.
+    jax.eval_shape(problem.inner_loss, w, alpha, data.inner_batch())
     try:
         return inner_grad_norm(problem, data, w, alpha), 1
+    # JAX has these types for a primitive or a loop without a reverse-mode derivative.
     except (TypeError, ValueError, NotImplementedError):
         return jnp.asarray(jnp.nan, float), 0
 
