@@ -135,21 +135,19 @@ def convert_closure(
     2.0
     """
     jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*args)
-    is_traced = [isinstance(x, Tracer) for x in jaxpr.consts]
-    num_traced = sum(is_traced)
+    is_tracer = lambda x: isinstance(x, Tracer)
+    traced, constants = eqx.partition(jaxpr.consts, is_tracer)
+    arrays, structure = jax.tree.flatten(traced)
 
     def g(*args_and_arrays: PyTree) -> Any:
-        split = len(args_and_arrays) - num_traced
-        arrays = iter(args_and_arrays[split:])
-        consts = [
-            next(arrays) if traced else x
-            for traced, x in zip(is_traced, jaxpr.consts, strict=True)
-        ]
+        split = len(args_and_arrays) - len(arrays)
+        traced = jax.tree.unflatten(structure, args_and_arrays[split:])
+        consts = eqx.combine(traced, constants)
         leaves = jax.tree.leaves(args_and_arrays[:split])
         results = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*leaves)
         return jax.tree.unflatten(jax.tree.structure(result), results)
 
-    return g, [x for x in jaxpr.consts if isinstance(x, Tracer)]
+    return g, arrays
 
 
 def with_mixed_mode(loss: Loss) -> Loss:
