@@ -108,14 +108,29 @@ def argmin(
             (w0, alpha, batch),
             lambda: {"w0": w0, "inner_loss": loss(init_w, alpha, batch)},
         )
-        run_solver = lambda w: solver.solve(loss, w, alpha, batch, key)[0]
-        shapes = jax.eval_shape(run_solver, init_w)
+        pure_loss, closed_over = convert_closure(
+            loss, init_w, alpha, batch, with_floats=True
+        )
+        args = alpha, batch, *closed_over
+        run_solver = lambda w0, args, key: _run_solver(solver, pure_loss, w0, args, key)
+        run_solver, solver_arrays = convert_closure(run_solver, init_w, args, key)
+        shapes = jax.eval_shape(run_solver, init_w, args, key, *solver_arrays)
         check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)
-        pure_loss, arrays = convert_closure(loss, init_w, alpha, batch)
-        solve = _make_differentiable_solve(pure_loss, solver, linear_solver)
-        return restore_keys(solve(init_w, (alpha, batch, *arrays), key), keys_of(w0))
+        arrays, static = eqx.partition(linear_solver, eqx.is_array)
+        solve = _make_differentiable_solve(pure_loss, run_solver, static)
+        w = solve(init_w, args, (key, solver_arrays, arrays))
+        return restore_keys(w, keys_of(w0))
 
     return solution_fn
+
+
+def _run_solver(
+    solver: InnerSolver, loss: Loss, w0: PyTree, args: PyTree, key: Array
+) -> PyTree:
+    """Returns the ``w`` of a solver, for ``args = (alpha, batch, *closed_over)``."""
+    alpha, batch, *closed_over = args
+    inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
+    return solver.solve(inner_loss, w0, alpha, batch, key)[0]
 
 
 def _check_arguments(
@@ -132,22 +147,31 @@ def _check_arguments(
     check_linear_solver(linear_solver)
 
 
-def _make_differentiable_solve(loss, solver, linear_solver):
-    """Returns ``(w0, (alpha, batch, *closed_over), key) -> w*`` with its derivative."""
+def _make_differentiable_solve(loss, run_solver, static_linear_solver):
+    """Returns ``(w0, (alpha, batch, *closed_over), constants) -> w*``, differentiable.
+
+    The constants are the key and what the solvers hold. They are arguments, because JAX
+    may apply the rule of the derivative when the trace of a traced number has ended.
+
+    Args:
+      loss: ``(w, alpha, batch, *closed_over) -> scalar``.
+      run_solver: ``(w0, args, key, *solver_arrays) -> w*``.
+      static_linear_solver: The linear solver without its arrays.
+    """
 
     @jax.custom_jvp
-    def solve(w0, args, key):
-        alpha, batch, *closed_over = args
-        inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
-        return solver.solve(inner_loss, w0, alpha, batch, key)[0]
+    def solve(w0, args, constants):
+        key, solver_arrays, _ = constants
+        return run_solver(w0, args, key, *solver_arrays)
 
     def solve_jvp(primals, tangents):
-        (w0, args, key), (_, args_dot, _) = primals, tangents
+        (w0, args, constants), (_, args_dot, _) = primals, tangents
+        linear_solver = eqx.combine(constants[2], static_linear_solver)
         is_zero = lambda x: isinstance(x, SymbolicZero)
         differentiated = [not is_zero(x) for x in jax.tree.leaves(args_dot, is_zero)]
         check_no_lost_derivative("inner_loss", loss, w0, args, differentiated)
         args_dot = jax.tree.map(_instantiate, args_dot, is_leaf=is_zero)
-        w = solve(w0, args, key)
+        w = solve(w0, args, constants)
         # H dw* = -d(dL/dw)
         grad_dot = cross_jvp(loss, w, args, args_dot)
         # Ravel first: JAX cannot transpose a solve in which some leaves are constant.

@@ -117,7 +117,7 @@ def hvp_and_cross_vjp(
 
 
 def convert_closure(
-    f: Callable[..., Any], *args: PyTree
+    f: Callable[..., Any], *args: PyTree, with_floats: bool = False
 ) -> tuple[Callable[..., Any], list[Array]]:
     """Returns ``(g, arrays)`` for which ``g(*args, *arrays)`` is ``f(*args)``.
 
@@ -125,6 +125,11 @@ def convert_closure(
     `jax.custom_jvp` or `jax.custom_vjp` that closes over them would use them when their
     trace has ended. Unlike `jax.closure_convert` this is so for integers and PRNG keys
     too, which have no derivative.
+
+    Args:
+      f: The function.
+      args: Its arguments.
+      with_floats: Whether arrays of floats that are not traced are among the arrays.
 
     >>> import jax
     >>> def mean_of_some(x, indices):
@@ -135,14 +140,15 @@ def convert_closure(
     2.0
     """
     jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*args)
-    is_tracer = lambda x: isinstance(x, Tracer)
-    traced, constants = eqx.partition(jaxpr.consts, is_tracer)
-    arrays, structure = jax.tree.flatten(traced)
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    is_argument = lambda x: isinstance(x, Tracer) or (with_floats and is_float(x))
+    arguments, constants = eqx.partition(jaxpr.consts, is_argument)
+    arrays, structure = jax.tree.flatten(arguments)
 
     def g(*args_and_arrays: PyTree) -> Any:
         split = len(args_and_arrays) - len(arrays)
-        traced = jax.tree.unflatten(structure, args_and_arrays[split:])
-        consts = eqx.combine(traced, constants)
+        arguments = jax.tree.unflatten(structure, args_and_arrays[split:])
+        consts = eqx.combine(arguments, constants)
         leaves = jax.tree.leaves(args_and_arrays[:split])
         results = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*leaves)
         return jax.tree.unflatten(jax.tree.structure(result), results)

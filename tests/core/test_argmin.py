@@ -324,6 +324,26 @@ def test_the_key_of_the_solver_outlives_a_trace(stage):
 
 
 @pytest.mark.parametrize("stage", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize(
+    ("make_solvers", "setting"),
+    [
+        (lambda rate: (hg.Descent(optax.sgd(rate), 100),), 0.3),
+        (lambda tol: (hg.Newton(tolerance=tol),), 1e-9),
+        (lambda rtol: (hg.Newton(), hg.MINRES(rtol=rtol)), 1e-9),
+    ],
+    ids=["rate", "tolerance", "tolerance of the linear solver"],
+)
+def test_numbers_of_the_solvers_may_be_traced(stage, make_solvers, setting):
+    loss = lambda w, alpha, batch: jnp.sum((w - jnp.exp(alpha)) ** 2)
+
+    @stage
+    def f(alpha, setting):
+        return hg.argmin(loss, *make_solvers(setting))(0.0, alpha)
+
+    np.testing.assert_allclose(jax.grad(f)(0.1, setting), np.exp(0.1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [jax.jit, jax.checkpoint])
 def test_integers_that_the_loss_closes_over_may_be_traced(stage):
     """The derivative is that of the loss with labels that are constants."""
 
@@ -623,6 +643,9 @@ def test_an_entry_that_is_zero_up_to_rounding_has_a_derivative(solver):
     np.testing.assert_allclose(jacobian, [1.0, 0.0], atol=1e-12)
     forward = jax.jacfwd(lambda alpha: solution(w0, alpha, batch))(alpha)
     np.testing.assert_array_equal(jacobian, forward)
+    closed_over = hg.argmin(lambda w, alpha, _: loss(w, alpha, batch), solver)
+    forward = jax.jacfwd(lambda alpha: closed_over(w0, alpha))(alpha)
+    np.testing.assert_allclose(forward, [1.0, 0.0], atol=1e-12)
 
 
 def test_an_entry_far_from_zero_beside_large_data_has_none():
