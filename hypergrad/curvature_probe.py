@@ -11,7 +11,7 @@ from .linear.cg import extreme_ritz_values, run_recurrence
 from .linear.equilibration import Scaling
 from .problem import Bilevel
 from .products import hvp
-from .trees import add_scale, norm, random_like, vdot
+from .trees import add_scale, divide, norm, power_of_two_below, random_like, vdot
 
 MAX_PROBE_STEPS = 1000
 MISS_PROBABILITY = 0.01  # of `Probe.resolution`
@@ -70,8 +70,10 @@ def probe_curvature(
     dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
     eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
     curvature_max = jnp.asarray(curvature_max)
-    shift = 4 * eps * jnp.where(jnp.isfinite(curvature_max), curvature_max, 0.0)
-    matvec = lambda v: add_scale(scaled_hvp(v), shift, v)
+    # Curvatures along residuals that are as small as rounding would underflow.
+    unit = power_of_two_below(curvature_max)
+    shift = 4 * eps * jnp.where(jnp.isfinite(curvature_max), curvature_max / unit, 0.0)
+    matvec = lambda v: add_scale(divide(scaled_hvp(v), unit), shift, v)
     squared_tol = (4 * eps * norm(z)) ** 2
     zeros = optax.tree.zeros_like(z)
     num_coefficients = min(dimension, MAX_PROBE_STEPS)
@@ -81,7 +83,7 @@ def probe_curvature(
     )
     is_negative = curvature <= 0
     ritz_min, ritz_max = extreme_ritz_values(step_sizes, ratios, k - is_negative)
-    ritz_min, ritz_max = ritz_min - shift, ritz_max - shift
+    ritz_min, ritz_max = unit * (ritz_min - shift), unit * (ritz_max - shift)
     # Both ends of the spectrum are missed with a probability of 1/2% each.
     log_probability = jnp.log(1.648 * dimension**0.5 / (0.5 * MISS_PROBABILITY))
     resolution = (log_probability / jnp.maximum(2.0 * k - 1, 1)) ** 2

@@ -299,13 +299,18 @@ def extreme_ritz_values(
     if step_sizes.size == 1:
         eigenvalues = diagonal[0], diagonal[0]
     else:
-        eigenvalue = lambda i: eigh_tridiagonal(
-            diagonal,
-            off_diagonal,
-            eigvals_only=True,
-            select="i",
-            select_range=(i, i),
-        )[0]
+        # Its squares would underflow or overflow in float32.
+        unit = power_of_two_scale((diagonal, off_diagonal))
+        eigenvalue = lambda i: (
+            unit
+            * eigh_tridiagonal(
+                diagonal / unit,
+                off_diagonal / unit,
+                eigvals_only=True,
+                select="i",
+                select_range=(i, i),
+            )[0]
+        )
         eigenvalues = eigenvalue(0), eigenvalue(step_sizes.size - 1)
     ritz_min, ritz_max = (jnp.where(num_steps > 0, x, jnp.nan) for x in eigenvalues)
     return ritz_min, ritz_max
