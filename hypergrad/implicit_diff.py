@@ -408,8 +408,8 @@ def merge_linear_stats(total: LinearStats, new: LinearStats) -> LinearStats:
     """Returns the statistics of earlier solves extended by another solve."""
     return {
         "num_products": total["num_products"] + count_products(new),
-        "ritz_min": jnp.fmin(total["ritz_min"], jnp.min(new["ritz_min"])),
-        "ritz_max": jnp.fmax(total["ritz_max"], jnp.max(new["ritz_max"])),
+        "ritz_min": jnp.fmin(total["ritz_min"], jnp.nanmin(new["ritz_min"])),
+        "ritz_max": jnp.fmax(total["ritz_max"], jnp.nanmax(new["ritz_max"])),
         "negative_curvature": total["negative_curvature"]
         | jnp.any(new["negative_curvature"]),
     }
