@@ -363,14 +363,12 @@ class FixedPoint(eqx.Module):
 
 
 def _relative_to_b(scales: PyTree, x: PyTree, b: PyTree) -> Array:
-    """Returns ``||s x|| / ||s b||``, or ``||x|| / ||b||`` of leaves without scale.
+    """Returns ``||s x|| / ||s b||``, or ``||x|| / ||b||`` of entries without scale.
 
-    These are the leaves with ``s b = 0`` but ``b != 0``. The larger ratio is returned.
+    These are the entries with ``s b = 0`` but ``b != 0``. The larger ratio is returned.
     """
     scale_w = lambda x: jax.tree.map(jnp.multiply, scales, x)
-    has_no_scale = jax.tree.map(
-        lambda s, b: ~jnp.any(s * b != 0) & jnp.any(b != 0), scales, b
-    )
+    has_no_scale = jax.tree.map(lambda s, b: (s * b == 0) & (b != 0), scales, b)
     select = lambda x: jax.tree.map(
         lambda is_selected, x: jnp.where(is_selected, x, 0), has_no_scale, x
     )
