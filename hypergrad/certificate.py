@@ -175,6 +175,16 @@ class Certificate(ResultModule):
     flags: dict[str, Scalar]
 
     @property
+    def distance(self) -> Scalar:
+        """The error estimate, or NaN if a condition but that of the error fails.
+
+        It is the distance to the derivative at the argmin of an estimate that has
+        another target.
+        """
+        failed = [flag for name, flag in self.flags.items() if name != "error"]
+        return jnp.where(jnp.any(jnp.stack(failed)), jnp.nan, self.error_estimate)
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why the hypergradient is not trusted, in words; empty if it is trusted."""
         return sentences_of_flags(self.flags, CERTIFICATE_REASONS, "certificate")

@@ -118,7 +118,7 @@ def _attach_certificate(
             for name, cost in certificate.stats.items()
         }
         if get_target(loop.estimator) != "argmin":
-            stats["distance_to_implicit"] = certificate.error_estimate
+            stats["distance_to_implicit"] = certificate.distance
             return stats, no_flags | estimate.flags
         stats["error_estimate"] = certificate.error_estimate
         # The certificate is about the hypergradient and not about the value.

@@ -134,7 +134,8 @@ class Estimate(ResultModule):
         - ``error_estimate``: Estimated relative error of the hypergradient.
         - ``standard_error``: Relative standard error of a hypergradient that was
           sampled.
-        - ``distance_to_implicit``: Relative distance to the derivative at the argmin.
+        - ``distance_to_implicit``: Relative distance to the derivative at the argmin;
+          NaN if its certificate fails.
         - ``num_grads``, ``num_hvps``, ``num_values``, ``num_outer_grads``,
           ``num_outer_values``, ``num_examples``, ``gradient_equivalents``: The cost.
         - ``trusted``: The same as the attribute.

@@ -145,7 +145,7 @@ class RunEstimator(eqx.Module):
             certificate = compute_certificate(
                 problem, data, run.w, alpha, run.hypergradient
             )
-            distance = certificate.error_estimate
+            distance = certificate.distance
             costs = jax.tree.map(jnp.add, costs, certificate.stats)
         estimate = make_estimate(
             run.value,

@@ -390,3 +390,37 @@ def test_a_bound_does_not_underflow_with_the_square_of_the_gradient():
     certificate = hg.certify(problem, w, alpha, strong_convexity=factor)
     np.testing.assert_allclose(certificate.distance_bound, 0.5, rtol=1e-5)
     np.testing.assert_allclose(certificate.inner_grad_norm, 0.5 * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-90, 90])
+def test_ritz_values_neither_underflow_nor_overflow(exponent):
+    """Squares of the entries of the Lanczos matrix leave the range of float32."""
+    H = jnp.asarray(0.1 * np.eye(6) + 0.9, jnp.float32)  # eigenvalues 0.1 and 5.5
+    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1) ** 2)
+
+    def ritz_values(factor):
+        loss = lambda w, alpha, batch: factor * 0.5 * (w - alpha) @ (H @ (w - alpha))
+        w, alpha = jnp.zeros(6, jnp.float32), jnp.full(6, 0.3, jnp.float32)
+        certificate = hg.certify(hg.Bilevel(loss, outer), w, alpha)
+        return np.array([certificate.ritz_min, certificate.ritz_max]) / factor
+
+    factor = np.float32(2.0**exponent)
+    expected = ritz_values(np.float32(1))
+    assert np.all(np.isfinite(expected))
+    np.testing.assert_allclose(ritz_values(factor), expected, rtol=1e-4)
+
+
+def test_a_failed_certificate_gives_no_distance():
+    """The inner run stops at negative curvature, where there is no adjoint."""
+    inner = lambda w, alpha, batch: (w**2 - 1) ** 2 / 4 - alpha * w
+    outer = lambda w, alpha, batch: (w - 1) ** 2 + alpha**2
+    problem = hg.Bilevel(inner, outer)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.01), 5), certify=True)
+    estimate = hg.hypergradient(problem, estimator)(0.05, 0.3)
+    assert estimate.trusted
+    assert np.isnan(estimate.stats["distance_to_implicit"])
+    trace = run_loop(
+        problem, hg.Unrolled(estimator.solver), optax.sgd(0.01), 0.05, 0.3,
+        num_steps=1, certify_every=1,
+    )  # fmt: skip
+    assert np.isnan(trace.stats["distance_to_implicit"]).all()
