@@ -22,7 +22,6 @@ from .error_estimates import standard_error
 from .inner_run import (
     InnerRunState,
     check_run_uses_alpha,
-    inner_grad_norm,
     inner_grad_norm_or_nan,
     make_run_fn,
     next_state,
@@ -302,11 +301,13 @@ class PersistentEvolution(eqx.Module):
         w = jax.tree.map(lambda x: jnp.mean(x, axis=(0, 1)), carries[0])
         num_particles = 2 * self.num_pairs
         num_steps = num_particles * self.unroll_length * grads_per_step(self.solver)
+        grad_norm, num_grads = inner_grad_norm_or_nan(problem, data, w, alpha)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
         costs = cost_stats(
             data.inner_data,
             data.outer_data,
-            num_grads=num_steps * step_fraction(self.solver, data.inner_data) + 1,
+            num_grads=num_steps * step_fraction(self.solver, data.inner_data)
+            + num_grads,
             num_outer_values=num_particles * value.size * outer_fraction,
         )
         estimate = make_estimate(
@@ -314,7 +315,7 @@ class PersistentEvolution(eqx.Module):
             hypergradient,
             w,
             flags={"random": True},
-            inner_grad_norm=inner_grad_norm(problem, data, w, alpha),
+            inner_grad_norm=grad_norm,
             num_inner_steps=self.unroll_length,
             standard_error=error,
             **costs,

@@ -608,8 +608,9 @@ def test_a_number_of_numpy_does_not_widen_the_hypergradient(estimator):
     [
         (hg.CentralDifference, 3),
         (lambda solver: hg.Evolution(solver, 0.1, 1000), 2001),
+        (lambda solver: hg.PersistentEvolution(solver, 0.1, 1000, 1), 2000),
     ],
-    ids=["CentralDifference", "Evolution"],
+    ids=["CentralDifference", "Evolution", "PersistentEvolution"],
 )
 def test_an_inner_loss_without_a_gradient_has_no_norm_of_it(make, num_runs):
     """A loop of unknown length; the formula of the minimum counts as a gradient."""
