@@ -116,32 +116,46 @@ def reference_change(outer_grad: PyTree, init_w: PyTree, final_w: PyTree) -> Arr
 def is_ill_conditioned(
     derivative: Perturbation, init_w: PyTree, final_w: PyTree
 ) -> Array:
-    """Returns True if the steps amplify rounding errors too much.
+    """Returns True if the steps amplify rounding errors, or ``dM/dw`` underflows.
 
     Args:
       derivative: Derivative of the outer value by the perturbation.
       init_w, final_w: The first and the last iterate of the run.
     """
     error = relative_rounding_error(derivative, init_w, final_w)
-    return loses_half_of_digits(error, max_rounding(init_w))
+    is_amplified = loses_half_of_digits(error, max_rounding(init_w))
+    return is_amplified | _underflows(derivative.outer_shift)
 
 
 def amplifies_rounding(
     tangent: PyTree, outer_grad: PyTree, init_w: PyTree, final_w: PyTree
 ) -> Array:
-    """Returns True if the steps amplify rounding errors too much, in forward mode.
+    """Returns the same as `is_ill_conditioned`, in forward mode.
 
     Args:
       tangent: Derivative of ``w_T`` by the size of a `random_perturbation`.
       outer_grad: ``dM/dw``.
       init_w, final_w: The first and the last iterate of the run.
     """
+    underflows = _underflows(outer_grad)
     outer_grad = divide(widen(outer_grad), power_of_two_scale(outer_grad))
     unit = power_of_two_scale(tangent)
     change = jax.tree.map(jnp.multiply, outer_grad, divide(widen(tangent), unit))
     deviation = max_rounding(init_w) * unit * safe_norm(change)
     error = ratio(deviation, reference_change(outer_grad, init_w, final_w))
-    return loses_half_of_digits(error, max_rounding(init_w))
+    return loses_half_of_digits(error, max_rounding(init_w)) | underflows
+
+
+def _underflows(outer_grad: PyTree) -> Array:
+    """Returns True if ``dM/dw`` is below the normal numbers of float16, which it has.
+
+    It may be exactly 0 then because it was rounded, as that of a mean of many outputs.
+    """
+    leaves = jax.tree.leaves(outer_grad)
+    if all(leaf.dtype != jnp.float16 for leaf in leaves):
+        return jnp.asarray(False)
+    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in widen(leaves)])
+    return jnp.max(largest) < float(jnp.finfo(jnp.float16).tiny)
 
 
 def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:

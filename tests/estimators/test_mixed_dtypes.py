@@ -142,3 +142,16 @@ def test_contributions_of_many_steps_are_summed_in_float32(name, dtype):
     gradient_fn = hg.hypergradient(problem, SUM_ESTIMATORS[name])
     estimate = gradient_fn(jnp.zeros(1), jnp.ones(1, dtype))
     np.testing.assert_allclose(estimate.hypergradient.astype(float), 3.0, rtol=4e-3)
+
+
+@pytest.mark.parametrize("make", [hg.Unrolled, hg.Forward])
+def test_an_outer_gradient_that_underflows_is_not_trusted(make):
+    """The smallest number of float16 is 6e-8, and below 6e-5 digits are lost."""
+    widen = lambda w: w.astype("float32")
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((widen(w) - alpha) ** 2)
+    w, alpha = jnp.zeros(3, "float16"), jnp.ones(3, "float32")
+    for factor, is_trusted in ((1.0, True), (1e-6, False), (1e-8, False)):
+        outer = lambda w, alpha, batch, c=factor: c * jnp.sum((widen(w) - 2) ** 2)
+        estimator = make(hg.Descent(optax.sgd(0.5), 20))
+        estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w, alpha)
+        assert estimate.trusted == is_trusted
