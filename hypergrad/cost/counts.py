@@ -22,16 +22,10 @@ from ..batches import Data, num_examples
 HVP_COST = 2.0
 VALUE_COST = 1.0 / 3.0
 
+#: The counts of calls.
+CALLS = ("num_grads", "num_hvps", "num_values", "num_outer_grads", "num_outer_values")
 #: The statistics of an estimate that add up over estimates.
-COST_STATS = (
-    "num_grads",
-    "num_hvps",
-    "num_values",
-    "num_outer_grads",
-    "num_outer_values",
-    "num_examples",
-    "gradient_equivalents",
-)
+COST_STATS = (*CALLS, "num_examples", "gradient_equivalents")
 
 
 def outer_grad_cost(inner_data: Data, outer_data: Data) -> float:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from ..batches import Data
 from ..certificate import TRUST_RTOL
-from ..cost.counts import COST_STATS, count_batch
+from ..cost.counts import CALLS, COST_STATS, cost_stats, count_batch
 from ..problem import Bilevel, with_own_order
 from ..trees import all_finite
 from ..validation import check_estimator_type, check_positive_int
@@ -26,6 +27,7 @@ REDUCTIONS = dict.fromkeys(COST_STATS, count_batch) | {
     "error_estimate": jnp.max,
     "distance_to_implicit": jnp.max,
 }
+TOTAL = "gradient_equivalents"
 
 
 class Average(eqx.Module):
@@ -43,7 +45,8 @@ class Average(eqx.Module):
         a problem with ``data_fn``.
       num_samples: Number of samples (n), at least 2.
 
-    Cost: n estimates, as one batch: n times the most expensive one.
+    Cost: n estimates, as one batch: of each kind of call n times the largest number
+      that a sample makes.
     Memory: that of n estimates.
     Target: that of the estimator.
     Bias: that of the estimator. The average reduces the standard error as
@@ -108,6 +111,7 @@ class Average(eqx.Module):
 
         keys, numbers = keys_of_samples(self, key), jnp.arange(self.num_samples)
         samples, state = jax.vmap(sample)(state, keys, numbers)
+        data = eqx.filter_eval_shape(problem.sample_data, key)
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
         hypergradient = mean(samples.hypergradient)
         is_multi_objective = problem.num_objectives is not None
@@ -116,7 +120,7 @@ class Average(eqx.Module):
             name: REDUCTIONS.get(name, jnp.sum)(column)
             for name, column in samples.stats.items()
             if name != "trusted"
-        }
+        } | _cost_of_samples(samples.stats, *data)
         flags = {name: jnp.any(flag) for name, flag in samples.flags.items()}
         # A mean of finite samples may overflow.
         flags["not_finite"] = flags.get("not_finite", False) | ~all_finite(
@@ -131,3 +135,15 @@ class Average(eqx.Module):
             flags,
         )
         return normalize_estimate(estimate), state
+
+
+def _cost_of_samples(
+    stats: dict[str, Array], inner_data: Data, outer_data: Data
+) -> dict[str, Array]:
+    """Returns the cost of the calls that are executed for a batch of estimates."""
+    cost_of = lambda calls: cost_stats(inner_data, outer_data, **calls)[TOTAL]
+    calls, charged = {name: stats[name] for name in CALLS}, stats[TOTAL]
+    executed = {name: count_batch(column) for name, column in calls.items()}
+    # An estimator of third parties may count no calls, or charge more than these.
+    is_sum = jnp.all(jnp.abs(charged - cost_of(calls)) <= 1e-5 * charged)
+    return {TOTAL: jnp.where(is_sum, cost_of(executed), count_batch(charged))}

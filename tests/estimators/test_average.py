@@ -16,6 +16,7 @@ from benchmarks.shared.reference_problems import (
     ridge,
     two_losses,
 )
+from hypergrad.cost.counts import cost_stats
 from hypergrad.estimators.error_estimates import standard_error
 from tests.loops import run_loop
 
@@ -87,6 +88,33 @@ def test_every_sample_counts_as_often_as_the_slowest():
     ]
     assert min(counts) < max(counts)
     assert estimate.stats["num_hvps"] == num_samples * max(counts)
+
+
+class SlowInTwoWays:
+    """An estimator with few gradients and many products, or the reverse."""
+
+    def init(self, problem, w, alpha, key=None):
+        return w
+
+    def estimate(self, problem, w, alpha, key):
+        is_first = jax.random.bits(key) % 2 == 0
+        calls = {
+            "num_grads": jnp.where(is_first, 10.0, 100.0),
+            "num_hvps": jnp.where(is_first, 100.0, 10.0),
+        }
+        stats = cost_stats(problem.inner_data, problem.outer_data, **calls)
+        return hg.Estimate(alpha**2, alpha, w, stats), w
+
+
+def test_the_cost_of_samples_is_that_of_their_executed_calls():
+    """The largest numbers of gradients and of products are of different samples."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
+    )
+    average = hg.Average(SlowInTwoWays(), 16)
+    stats = hg.hypergradient(problem, average)(0.0, 1.0).stats
+    assert (stats["num_grads"], stats["num_hvps"]) == (1600, 1600)
+    assert stats["gradient_equivalents"] == 1600 + 2 * 1600
 
 
 def test_the_standard_error_equals_numpys():
