@@ -10,7 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ...batches import Data, batch_fraction, full_batch, sample_batch
 from ...products import Loss
-from ...trees import cast_like, without_derivative
+from ...trees import all_finite, cast_like, without_derivative
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
@@ -233,7 +233,9 @@ class JaxoptRun(eqx.Module):
         solver = _replace_fun(self.solver, inner_loss, jit=True, unroll=False)
         with explain_dtype_errors("jaxopt", w):
             new_w, state = solver.run(w, alpha, full_batch(data, key))
-        return cast_like(new_w, w), _run_stats(state, solver.tol)
+        # The error may be that of the last w at which the gradient was finite.
+        converged = (state.error <= solver.tol) & all_finite(new_w)
+        return cast_like(new_w, w), _run_stats(state, converged)
 
 
 def _check_jaxopt(solver: Any) -> str:
@@ -297,7 +299,7 @@ def _replace_fun(solver: Any, inner_loss: Loss, **settings: Any) -> Any:
     return dataclasses.replace(solver, fun=fun, implicit_diff=False, **settings)
 
 
-def _run_stats(state: Any, tol: float) -> InnerStats:
+def _run_stats(state: Any, converged: Array) -> InnerStats:
     """Returns the cost of a run, counted as `JaxoptRun` describes."""
     num_steps = state.iter_num
     if hasattr(state, "num_grad_eval"):
@@ -310,7 +312,7 @@ def _run_stats(state: Any, tol: float) -> InnerStats:
         num_steps,
         num_grads=num_grads,
         num_values=num_values,
-        converged=state.error <= tol,
+        converged=converged,
     )
 
 
