@@ -248,8 +248,8 @@ class SoftRankAP(RankingSurrogate):
     Ties: have their mean rank.
     Weights: a common factor changes nothing, as the ranks are in units of their mean.
     Cost: two soft ranks per ranking. Memory: O(n).
-    Bias: none if the temperature is at most the smallest gap between scores, and then
-    no gradient either.
+    Bias: none if the temperature is at most the smallest gap between scores, divided by
+    the largest weight in units of the mean weight, and then no gradient either.
     Source: Blondel et al. 2020 (arXiv 2002.08871) for the ranks.
 
     >>> import jax.numpy as jnp, hypergrad as hg
@@ -263,15 +263,10 @@ class SoftRankAP(RankingSurrogate):
     @rowwise
     def smooth_rows(self, row, temperature):
         """Returns ``mean_i r+_i / r_i``."""
-        # Smoothing mixes ranks whose distance is below the inverse temperature. With
-        # weights of mean 1 this does not depend on their unit.
-        has_weight = without_derivative(row.weights) > 0
-        num_items = jnp.sum(has_weight.astype(row.weights.dtype))
-        mean_weight = safe_divide(jnp.sum(row.weights), num_items)
-        weights = safe_divide(row.weights, mean_weight)
-        positive_weights = safe_divide(row.positive_weights, mean_weight)
-        precisions = soft_precisions(row.scores, positive_weights, weights, temperature)
-        return weighted_mean(precisions, positive_weights)
+        precisions = soft_precisions(
+            row.scores, row.positive_weights, row.weights, temperature
+        )
+        return weighted_mean(precisions, row.positive_weights)
 
     exact_rows = exact_average_precisions
 
@@ -280,6 +275,13 @@ def soft_precisions(
     scores: Vector, positive_weights: Vector, weights: Vector, temperature: Scalar
 ) -> Vector:
     """Returns the soft rank among the positives over the one among all; 0 elsewhere."""
+    # Smoothing mixes ranks whose distance is below the inverse temperature. With
+    # weights of mean 1 this does not depend on their unit.
+    has_weight = without_derivative(weights) > 0
+    num_items = jnp.sum(has_weight.astype(weights.dtype))
+    mean_weight = safe_divide(jnp.sum(weights), num_items)
+    weights = safe_divide(weights, mean_weight)
+    positive_weights = safe_divide(positive_weights, mean_weight)
     # A precision counts the whole weight w of the item, its mean rank (1 + w) / 2.
     correction = (weights - 1) / 2
     soft_rank = lambda weights: weighted_soft_ranks(scores, weights, temperature)

@@ -67,6 +67,11 @@ def match_boxes(
             f"true_boxes must have shape [images, true, 4] for {shape[0]} images; got "
             f"{true_boxes.shape}."
         )
+    if np.shape(threshold):
+        raise ValueError(
+            f"threshold must be a number; got shape {np.shape(threshold)}. Use "
+            "jax.vmap for several thresholds."
+        )
     if not is_traced(threshold) and not 0 < np.asarray(threshold) <= 1:
         raise ValueError(
             f"threshold must be a fraction in (0, 1]; got {threshold}. Write 0.5 for "
@@ -160,8 +165,9 @@ class DetectionAP(RankingSurrogate):
 
     Ties: share one threshold, and in the surrogate their mean rank.
     Cost: two soft ranks and a sort per ranking. Memory: O(n).
-    Bias: none if the temperature is at most the smallest gap between scores, and then
-    no gradient either.
+    Weights: a common factor of them and of ``num_true`` changes nothing.
+    Bias: none if the temperature is at most the smallest gap between scores, divided by
+    the largest weight in units of the mean weight, and then no gradient either.
     Source: Everingham et al. 2010 (Pascal VOC); Lin et al. 2014 (COCO, arXiv
     1405.0312); Blondel et al. 2020 (arXiv 2002.08871) for the ranks.
 
@@ -188,6 +194,12 @@ class DetectionAP(RankingSurrogate):
         shape = list(np.shape(scores))
         del shape[self.axis]
         num_true = jnp.asarray(self.num_true, rows.scores.dtype)
+        if num_true.shape not in ((), tuple(shape)):
+            raise ValueError(
+                f"num_true must be a number, or have the shape {tuple(shape)} of the "
+                f"rankings, for scores of shape {np.shape(scores)}; got "
+                f"{num_true.shape}. Pass one row of scores per class."
+            )
         num_true = jnp.broadcast_to(num_true, shape).reshape(-1)
         # Scores may be traced where the matches and their weights are concrete.
         zeros = np.zeros(np.shape(scores), rows.scores.dtype)
@@ -236,13 +248,9 @@ class DetectionAP(RankingSurrogate):
             total = jnp.sum(matches * precisions)
             return nan_if_short * safe_divide(total, num_true)
         # Recall i / m is reached if matches * m >= i * num_true: in integers, because a
-        # quotient may round to either side. Sums of fractions are rounded; JAX adds
-        # them in about log2(n) steps.
+        # quotient may round to either side. Sums of fractions are rounded.
         num_intervals = self.num_points - 1
-        is_whole = jnp.all(matches == jnp.round(matches))
-        eps = float(jnp.finfo(matches.dtype).eps)
-        rounding_error = 4 * math.log2(1 + matches.size) * eps
-        slack = jnp.where(is_whole, 0, rounding_error)
+        slack = _rounding_error_of_sum(matches)
         required = jnp.arange(self.num_points) * num_true * (1 - slack)
         index = jnp.searchsorted(jnp.cumsum(matches) * num_intervals, required)
         mean_precision = jnp.mean(jnp.append(precisions, 0)[index])
@@ -252,9 +260,19 @@ class DetectionAP(RankingSurrogate):
 def _has_more_matches(matches: Vector, num_true: Scalar) -> Bool[Array, ""]:
     """Returns True if matches exceed true boxes by more than the rounding error."""
     matches, num_true = without_derivative((matches, num_true))
-    slack = matches.size * jnp.finfo(matches.dtype).eps
+    slack = _rounding_error_of_sum(matches)
     # True for NaN too.
     return ~(jnp.sum(matches) * (1 - slack) <= num_true)
+
+
+def _rounding_error_of_sum(matches: Vector) -> Scalar:
+    """Returns the relative rounding error of a sum: 0 for whole numbers.
+
+    JAX adds n numbers in about log2(n) steps.
+    """
+    is_whole = jnp.all(matches == jnp.round(matches))
+    eps = float(jnp.finfo(matches.dtype).eps)
+    return jnp.where(is_whole, 0, 4 * math.log2(1 + matches.size) * eps)
 
 
 def _mean_over_classes(values: Float[Array, " r"], rows: Detections) -> Scalar:

@@ -35,8 +35,8 @@ def soft_rank(
       values: Values ``[..., n]``. Rows are ranked one after the other, by
         `jax.lax.map`.
       temperature: Above 0, in the units of the values. If it is at most the smallest
-        gap, the ranks are hard and their derivative is 0; as it rises, they tend to the
-        mean rank.
+        gap, divided by the largest weight, the ranks are hard and their derivative is
+        0; as it rises, they tend to the mean rank.
       weights: Weights of the shape of ``values``, at least 0. An item of weight 2 is
         two equal items, and its rank is their mean rank. An item of weight 0 is left
         out and has rank 0. Defaults to 1.

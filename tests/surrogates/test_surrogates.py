@@ -348,6 +348,16 @@ BOXES = np.ones((1, 2, 4)), np.ones((1, 2)), np.ones((1, 1, 4))
 
 
 BAD_INPUT = [
+    (
+        lambda: sg.match_boxes(*BOXES, threshold=np.arange(0.5, 1, 0.05)),
+        ValueError,
+        "threshold must be a number.*jax.vmap",
+    ),
+    (
+        lambda: sg.DetectionAP(jnp.array([3.0, 2.0])).exact(jnp.arange(4.0), Y[:4]),
+        ValueError,
+        "num_true.*row of scores per class",
+    ),
     (lambda: exact(S, Y[:, None]), ValueError, "targets"),
     (lambda: exact(Y, Y), TypeError, "scores"),
     (lambda: exact(np.zeros(0), Y), ValueError, "scores"),
@@ -453,7 +463,7 @@ def test_a_temperature_that_the_scores_round_to_zero_is_refused():
 @pytest.mark.parametrize(
     "surrogate",
     [sg.IoU(), sg.FBeta(), sg.Dice(), sg.Precision(), sg.SelectiveRisk(0.5),
-     sg.SmoothAP(), sg.SoftRankAP()],
+     sg.SmoothAP(), sg.SoftRankAP(), sg.DetectionAP],
     ids=lambda x: type(x).__name__,
 )  # fmt: skip
 def test_a_common_factor_of_the_weights_changes_no_gradient(surrogate, factor):
@@ -463,9 +473,9 @@ def test_a_common_factor_of_the_weights_changes_no_gradient(surrogate, factor):
     weights = jnp.array([1.0, 0.4, 0.6, 2.7, 1.1], jnp.float32)
 
     def gradient(factor):
-        value = lambda s: surrogate(
-            s, targets, temperature=0.5, weights=factor * weights
-        )
+        detection = surrogate is sg.DetectionAP
+        scaled = surrogate(4.0 * factor) if detection else surrogate
+        value = lambda s: scaled(s, targets, temperature=0.5, weights=factor * weights)
         return jax.jit(jax.grad(value))(scores)
 
     expected = gradient(jnp.float32(1.0))
@@ -482,6 +492,19 @@ def test_soft_rank_ap_keeps_its_smoothing_for_normalized_weights():
         scores, targets, temperature=0.1, weights=jnp.full(30, c)
     )
     np.testing.assert_allclose(value(1 / 30), value(1.0), rtol=1e-6)
+
+
+def test_soft_ranks_are_hard_up_to_the_gap_over_the_largest_weight():
+    """The smallest gap is 1, and the largest weight 1.9 times the mean."""
+    scores, targets = jnp.array([3.0, 2.0, 1.0, 0.0]), jnp.array([0, 1, 0, 1])
+    weights = jnp.array([1.9, 1.9, 0.1, 0.1])
+    for surrogate in (sg.SoftRankAP(), sg.DetectionAP(2.0)):
+        smooth = lambda s, T, f=surrogate: f(s, targets, temperature=T, weights=weights)
+        value, gradient = jax.value_and_grad(smooth)(scores, 1 / 1.9)
+        exact = surrogate.exact(scores, targets, weights=weights)
+        np.testing.assert_allclose(value, exact, rtol=1e-6)
+        assert not np.any(gradient)
+        assert np.any(jax.grad(smooth)(scores, 0.99))
 
 
 @pytest.mark.parametrize(
