@@ -10,9 +10,9 @@ from .base import propagate_nan, subtract_threshold, weighted_mean
 from .inputs import (
     Scalar,
     Vector,
-    binary_examples,
     check_in_interval,
     elementwise_examples,
+    graded_examples,
     multiclass_examples,
     multilabel_examples,
 )
@@ -58,7 +58,8 @@ def temperature_from_scores(
       scores: Scores [n], [n, C], or of any shape with a threshold. For labels or
         several rankings pass ``scores.ravel()`` and ``targets.ravel()``: pairs of all
         rows stand for the pairs of each row.
-      targets: Targets of the surrogate. Optional.
+      targets: Targets of the surrogate. Without a threshold, gains above 0 are
+        positive. Optional.
       threshold: Threshold of the surrogate. Defaults to none.
       gap: Mean error of the sigmoids, in (0, 0.1]. A smaller gap is closer to the
         metric and has a flatter gradient. Average precision, which depends on few
@@ -176,9 +177,10 @@ def _class_differences(scores, targets, where, weights) -> tuple[Array, Array]:
 def _pair_differences(scores, targets, where, weights) -> tuple[Array, Array]:
     """Returns differences of quantiles of both classes or all scores, and weights."""
     labels = jnp.zeros(np.shape(scores), bool) if targets is None else targets
-    examples = binary_examples(scores, labels, where, weights)
-    negative_weights = examples.negative_weights
-    positive_weights = examples.positive_weights
+    examples = graded_examples(scores, labels, where, weights)
+    is_positive = examples.targets > 0
+    positive_weights = jnp.where(is_positive, examples.weights, 0)
+    negative_weights = jnp.where(is_positive, 0, examples.weights)
     if targets is None:
         # All scores have the label 0: pairs are of all scores with all scores.
         positive_weights = negative_weights

@@ -190,3 +190,18 @@ def test_an_estimate_whose_scores_are_nan_is_not_trusted():
     estimate = hg.hypergradient(problem, estimator)(jnp.ones(()), -jnp.ones(()))
     assert np.isnan(estimate.value) & np.isnan(estimate.hypergradient)
     assert not estimate.trusted
+
+
+def test_gains_above_zero_are_positive():
+    """As data of a metric, whose targets are traced, and outside of any program."""
+    scores, gains = jax.random.normal(jax.random.key(0), (12,)), jnp.arange(12) % 4
+    expected = sg.temperature_from_scores(scores, gains > 0)
+    assert sg.temperature_from_scores(scores, gains) == expected
+    predict = lambda w, alpha, batch: batch * w
+    metrics = sg.gap_metrics(
+        "ndcg", sg.NDCG(5), predict, scores, gains,
+        temperature=sg.temperature_from_scores,
+    )  # fmt: skip
+    value = eqx.filter_jit(metrics["ndcg_surrogate"])(jnp.ones(()), None, None)
+    smooth = sg.NDCG(5)(scores, gains, temperature=expected)
+    np.testing.assert_allclose(value, smooth, rtol=1e-6)
