@@ -81,12 +81,16 @@ def _volume(points: Array, reference: Array) -> Array:
     if reference.size == 1:
         return reference[0] - jnp.min(points)
     points = points[jnp.argsort(points[:, -1])]
-    heights = jnp.diff(points[:, -1], append=reference[-1])
+    upper = jnp.append(points[1:, -1], reference[-1])
+    is_flat = upper == points[:, -1]  # infinities too, whose difference is NaN
+    heights = jnp.where(is_flat, 0, upper - points[:, -1])
     points, reference = points[:, :-1], reference[:-1]
     if reference.size == 1:
-        return heights @ (reference - jax.lax.cummin(points[:, 0]))
+        areas = reference - jax.lax.cummin(points[:, 0])
+        return heights @ jnp.where(is_flat, 0, areas)
     # Slice i contains the points 0..i; the others are replaced by points of no volume.
     slice_volume = lambda mask: _volume(
         jnp.where(mask[:, None], points, reference[None]), reference
     )
-    return heights @ jax.vmap(slice_volume)(jnp.tri(len(points), dtype=bool))
+    volumes = jax.vmap(slice_volume)(jnp.tri(len(points), dtype=bool))
+    return heights @ jnp.where(is_flat, 0, volumes)

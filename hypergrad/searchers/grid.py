@@ -57,7 +57,8 @@ class Grid(eqx.Module):
         del key
         spaces.axes(space)
         for leaf in flatten_space(space)[0]:
-            if leaf.unit_shape != getattr(leaf, "shape", ()):
+            shape = getattr(leaf, "shape", ())
+            if shape and leaf.unit_shape != shape:
                 raise ValueError(
                     f"space must have independent entries for Grid; got {leaf}. Use "
                     "hg.searchers.Sobol()."

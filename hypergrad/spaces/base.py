@@ -21,8 +21,9 @@ class Space(Protocol):
     ``alpha``. The methods are pure, keep shape and dtype, and act element by element
     (`Simplex`: row by row).
 
-    Searchers other than `hypergrad.searchers.Random` propose points of a unit cube.
-    They use these further attributes, which have no default unless one is stated:
+    Searchers propose points of a unit cube, all but `hypergrad.searchers.Random` and
+    those that train populations. They use these further attributes, which have no
+    default unless one is stated:
 
     - ``shape``: Shape of the leaf. Defaults to ``()``, which fits a leaf of any shape.
     - ``unit_shape``: Shape of the coordinates of the leaf.

@@ -197,7 +197,11 @@ class Choice(BoundedSpace):
 def _cell_index(t: ArrayLike, num_values: int) -> Int[Array, "..."]:
     """Returns which of ``num_values`` equal parts of [0, 1] contains ``t``."""
     # Searchers pass arrays of NumPy. Most of them are of float64, which has enough
-    # digits for all cells, and which JAX would convert to float32.
-    xp = np if isinstance(t, np.ndarray | float) else jnp
-    cell = xp.clip(xp.floor(xp.asarray(t) * num_values), 0, num_values - 1)
-    return jnp.asarray(cell.astype(jnp.result_type(int)))
+    # digits for all cells, and which JAX would convert to float32. The last cell may be
+    # no number of float32, so that it is compared as an integer.
+    if isinstance(t, np.ndarray | np.floating | float):
+        cell = np.floor(np.asarray(t, np.float64) * num_values).astype(np.int64)
+        return jnp.asarray(np.clip(cell, 0, num_values - 1), jnp.result_type(int))
+    cell = jnp.floor(jnp.asarray(t) * num_values).astype(jnp.result_type(int))
+    cell = jnp.where(jnp.asarray(t) < 1, cell, num_values - 1)
+    return jnp.clip(cell, 0, num_values - 1)

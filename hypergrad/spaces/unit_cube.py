@@ -5,6 +5,7 @@ coordinate per number, a row of a `Simplex` one fewer than it has weights. The
 coordinate of an `Integer` or a `Choice` falls into one of several equal cells.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ..validation import is_traced
 from .pytree import flatten_space
 
 
@@ -67,16 +69,16 @@ def from_unit(space: PyTree, t: Float[ArrayLike, " num_axes"]) -> PyTree:
     >>> round(float(from_unit({"rate": rate}, [0.5])["rate"]), 4)
     0.01
     """
-    leaf_spaces, t = _spaces_with_cube(space), np.asarray(t)
+    leaf_spaces = _spaces_with_cube(space)
+    t = t if is_traced(t) else np.asarray(t)
     offsets = np.cumsum([math.prod(leaf.unit_shape) for leaf in leaf_spaces])
     if t.shape != (offsets[-1],):
         raise ValueError(f"t must have shape ({offsets[-1]},); got {t.shape}.")
     _, structure = flatten_space(space)
+    bounds = itertools.pairwise([0, *offsets.tolist()])
     leaves = [
-        leaf.from_unit(coordinates.reshape(leaf.unit_shape))
-        for leaf, coordinates in zip(
-            leaf_spaces, np.split(t, offsets[:-1]), strict=True
-        )
+        leaf.from_unit(t[start:end].reshape(leaf.unit_shape))
+        for leaf, (start, end) in zip(leaf_spaces, bounds, strict=True)
     ]
     return structure.unflatten(leaves)
 
@@ -116,7 +118,8 @@ def _spaces_with_cube(space: PyTree) -> list[Any]:
     for leaf in leaf_spaces:
         if not hasattr(leaf, "unit_shape"):
             raise TypeError(
-                "space must have unit_shape, from_unit and to_unit for searchers other "
-                f"than Random; got {leaf}. Write them as in hg.spaces.Interval."
+                "space must have unit_shape, from_unit and to_unit for all searchers "
+                "but Random and those that train populations; got "
+                f"{leaf}. Write them as in hg.spaces.Interval."
             )
     return leaf_spaces

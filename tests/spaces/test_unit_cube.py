@@ -10,6 +10,7 @@ import scipy.stats
 
 from hypergrad import spaces
 from hypergrad.runtime.compat import enable_x64
+from hypergrad.searchers import Grid
 from hypergrad.spaces import Box, Choice, Integer, Interval, Positive, Simplex, Unit
 
 QUANTILES = {
@@ -125,6 +126,24 @@ def test_every_integer_is_reached_from_its_coordinate(is_double):
     assert abs(int(inside) - high // 2) <= 2**8
 
 
+@pytest.mark.parametrize("high", [10**8, 2**31 - 2])
+def test_the_last_integer_is_that_of_the_coordinate_one(high):
+    """In float32 the number of cells is the next larger number."""
+    space = Integer(0, high)
+    with enable_x64(False):
+        for one in (1.0, np.float32(1), jnp.ones(()), np.ones((), np.float32)):
+            assert int(space.from_unit(one)) == high
+        assert int(jax.jit(space.from_unit)(jnp.ones(()))) == high
+
+
+def test_coordinates_may_be_traced():
+    space = {"a": Interval(0.0, 2.0, shape=(2,)), "b": Choice(3)}
+    t = jnp.array([[0.25, 0.5, 0.1], [0.75, 1.0, 0.9]])
+    alphas = jax.vmap(lambda t: spaces.from_unit(space, t))(t)
+    np.testing.assert_allclose(alphas["a"], [[0.5, 1.0], [1.5, 2.0]])
+    assert alphas["b"].tolist() == [0, 2]
+
+
 def test_a_space_without_coordinates_has_no_axes():
     attributes = (
         "requirement", "forward", "inverse", "project", "contains", "is_interior",
@@ -148,6 +167,9 @@ def test_a_space_may_set_its_coordinates_in_its_instance():
     alpha = spaces.from_unit({"a": space}, [0.5, 1.0])
     np.testing.assert_array_equal(alpha["a"], [1.5, 3.0])
     np.testing.assert_array_equal(spaces.to_unit({"a": space}, alpha), [0.5, 1.0])
+    grid = Grid(3)
+    first, _ = grid.ask(grid.init({"a": space}, None), None)
+    assert first["a"].tolist() == [0.0, 0.0]
 
 
 def test_a_space_without_leaves_has_no_cube():
