@@ -45,6 +45,7 @@ NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corr
 METADATA_HEAD = b'{\n "step"'  # the first bytes of all metadata
 # These differ whenever anything else does, and are named only if nothing else differs.
 DERIVED_NAMES = ("program", "initial state")
+NUM_DEVICES = "number of devices"  # only of runs on several
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Checkpoints:
 
     Args:
       folder: Folder of this run only; it is created if it does not exist.
-      every: Number of outer steps between checkpoints. The end of a run is saved too,
-        and so is the block of steps that Ctrl-C ends.
+      every: Number of outer steps between checkpoints, rounded up to a multiple of
+        ``record_every``. The end of a run is saved too, and so is the block of steps
+        that Ctrl-C ends.
 
     The last two intact checkpoints are kept. A new one counts only once it is complete
     and on disk, so that it survives a power failure. The SHA-256 of all files is
@@ -143,16 +145,22 @@ def runtime_environment() -> RunFingerprint:
 
 
 def _check_same_run(
-    folder: Path, saved: RunFingerprint, current: RunFingerprint
+    folder: Path, metadata: dict[str, Any], current: RunFingerprint
 ) -> None:
     """Raises ValueError, naming the differences, if a folder contains another run."""
-    names = [name for name in current if saved.get(name) != current[name]]
-    names = [name for name in names if name not in DERIVED_NAMES] or names
-    if not names:
+    saved, machines = metadata["run"], metadata.get("machines", [None])
+    names = [name for name in saved | current if saved.get(name) != current.get(name)]
+    # Another machine may round the initial state, which is made of w and alpha there.
+    is_rounded = any(machine != describe_machine() for machine in machines)
+    if not names or (is_rounded and names == ["initial state"]):
         return
+    names = [name for name in names if name not in DERIVED_NAMES] or names
+    # The texts of all functions differ as well.
+    names = [NUM_DEVICES] if NUM_DEVICES in names else names
 
     def describe(name: str) -> str:
-        old, new = saved.get(name, "unknown"), current[name]
+        default = "1" if name == NUM_DEVICES else "unknown"
+        old, new = saved.get(name, default), current.get(name, default)
         if HASH in old + new:
             return f"{name} differs"
         return f"{name} is {printable(old)} in the folder and {new} now"
@@ -328,7 +336,7 @@ class CheckpointFolder:
         """Raises an error if a checkpoint is corrupt or of another run."""
         folder = self._arrays_path(step)
         metadata = self._read_metadata(self._metadata_path(step))
-        _check_same_run(self.path, metadata["run"], self.fingerprint)
+        _check_same_run(self.path, metadata, self.fingerprint)
         saved = metadata["files"]
         try:
             current = digest_folder(folder, saved)

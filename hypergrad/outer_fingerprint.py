@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from .batches import full_batch, sample_batch
-from .checkpoint import RunFingerprint, runtime_environment
+from .checkpoint import NUM_DEVICES, RunFingerprint, runtime_environment
 from .outer_block import get_block_size, run_block
 from .outer_step import Budget, OuterState
 from .runtime.fingerprint import digest, digest_program
@@ -70,5 +70,14 @@ def run_fingerprint(
             "initial state": digest(state),
         }
         | data_fn
+        | _number_of_devices(loop, state)
         | runtime_environment()
     )
+
+
+def _number_of_devices(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
+    """Returns the number of devices of a run on several, or else nothing."""
+    leaves = jax.tree.leaves((loop, state))
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    number = max((len(x.sharding.device_set) for x in arrays), default=1)
+    return {} if number == 1 else {NUM_DEVICES: str(number)}

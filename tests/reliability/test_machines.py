@@ -1,6 +1,7 @@
 """Runs that continue on another machine issue a warning that names the difference."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -11,11 +12,13 @@ import types
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import hypergrad as hg
+from hypergrad import spaces
 from hypergrad.runtime import executors, machine
 from hypergrad.runtime.machine import describe_machine, parse_processors
 from tests.search.populations import search as search_population
@@ -62,6 +65,60 @@ def test_a_run_that_continues_on_another_machine_says_so(tmp_path):
     assert describe_machine() == there
     with pytest.warns(UserWarning, match="model name Other there"):
         run_loop(tmp_path, 4)
+
+
+def test_another_machine_may_round_the_coordinates_of_the_start(tmp_path, monkeypatch):
+    """On the same machine other coordinates are another run."""
+    space = hg.spaces.Interval(1e-4, 5.0, log=True)
+    loop = dataclasses.replace(LOOP, space=space)
+
+    def run(num_steps):
+        checkpoints = hg.Checkpoints(tmp_path)
+        return loop.run(
+            loop.init(0.0, 3.0), num_steps=num_steps, checkpoints=checkpoints
+        )
+
+    run(1)
+    inverse = spaces.inverse
+    round_up = lambda space, alpha: jnp.nextafter(inverse(space, alpha), jnp.inf)
+    monkeypatch.setattr(spaces, "inverse", round_up)
+    jax.clear_caches()
+    with pytest.raises(ValueError, match="initial state differs"):
+        run(2)
+    monkeypatch.setattr(machine, "_describe_processor", lambda: OTHER)
+    with pytest.warns(UserWarning, match="made on another machine"):
+        assert len(run(2).value) == 2
+
+
+class Adaptive:
+    """A searcher whose later proposals depend on rounding."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def init(self, space, key):
+        return 0
+
+    def ask(self, num_told, key):
+        return jnp.asarray(0.5 + self.shift * num_told), num_told
+
+    def tell(self, num_told, alpha, value):
+        return num_told + 1
+
+
+def test_later_proposals_may_depend_on_the_machine(other_machine):
+    """Recorded trials have the alphas that they were made with."""
+    trials = []
+    run = lambda shift, **options: hg.search(
+        SQUARES, hg.Descent(optax.sgd(0.1), 5), Adaptive(shift), 0.0,
+        space=hg.spaces.Unit(), budget=16.0, **options,
+    )  # fmt: skip
+    trace = run(0.1, trial_callback=trials.append)
+    with pytest.raises(ValueError, match=r"previous_trials\[1\] must have the alpha"):
+        run(0.2, previous_trials=trials)
+    other_machine()
+    with pytest.warns(UserWarning, match="recorded on another machine"):
+        chex.assert_trees_all_equal(run(0.2, previous_trials=trials), trace)
 
 
 def test_a_search_that_continues_on_another_machine_says_so(other_machine):
