@@ -23,6 +23,7 @@ from .outer_checks import (
     check_on_untrusted,
     check_one_sample,
     check_outer_data_fn,
+    check_run_options,
     check_state_fits,
 )
 from .outer_run import run_steps
@@ -113,6 +114,7 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
     True
     """
     loop = OuterLoop(problem, estimator, optimizer, space=space, metrics=metrics)
+    check_run_options(loop, num_steps, budget, progress, checkpoints, record_every)
     if state is None:
         state = loop.init(w, alpha, key)
     else:

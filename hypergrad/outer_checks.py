@@ -1,19 +1,25 @@
 """Checks of the arguments of an outer loop and of its runs."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
+from .checkpoint import check_checkpoints
 from .outer_step import OuterState, init_state
 from .problem import Bilevel
+from .progress import check_progress
 from .validation import (
     as_input_arrays,
     check_no_class,
     check_positive_int,
     check_same_structure,
+    is_traced,
+    positive,
 )
 
 if TYPE_CHECKING:
@@ -117,6 +123,27 @@ def check_one_sample(
             "certify_every must be None for an average over samples of the data, as a "
             "certificate uses only one. Use certify=True of the averaged estimator."
         )
+
+
+def check_run_options(
+    loop: "OuterLoop",
+    num_steps: int | None,
+    budget: Any,
+    progress: Any,
+    checkpoints: Any,
+    record_every: int,
+) -> None:
+    """Raises an error for an option of a run that is invalid whatever its state is."""
+    check_positive_int("num_steps", num_steps, optional=True)
+    check_record_every(loop, record_every, num_steps)
+    budget = positive("budget", optional=True)(budget)
+    if np.ndim(budget):
+        raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
+    check_progress(progress)
+    check_checkpoints(checkpoints)
+    is_limited = budget is not None and (is_traced(budget) or budget < math.inf)
+    if num_steps is None and not is_limited:
+        raise ValueError("num_steps or a finite budget must be given; got neither.")
 
 
 def check_record_every(

@@ -19,11 +19,10 @@ from jaxtyping import Array
 from .checkpoint import (
     CheckpointFolder,
     Checkpoints,
-    check_checkpoints,
     open_checkpoints,
 )
 from .outer_block import get_block_size, run_block
-from .outer_checks import check_record_every, check_state
+from .outer_checks import check_run_options, check_state
 from .outer_fingerprint import run_fingerprint
 from .outer_limits import Limits
 from .outer_step import NEVER, Budget, OuterState, StepRecord, jitted_alpha
@@ -31,19 +30,19 @@ from .progress import (
     Progress,
     ProgressUpdate,
     ShowProgress,
-    check_progress,
     open_progress,
 )
 from .runtime.interrupts import deferred_interrupt
 from .runtime.user_warnings import warn_user
 from .trace import Trace
 from .trees import to_numpy
-from .validation import check_positive_int, is_traced, positive
+from .validation import is_traced, positive
 
 if TYPE_CHECKING:
     from .minimize import OuterLoop
 
 NUM_REPORTS = 20  # calls of `progress` per run
+MAX_BLANK_BYTES = 2**30  # of the rows of steps that a failed run does not make
 MIN_SAVE_SECONDS = 5  # below which nobody minds frequent checkpoints
 
 
@@ -60,14 +59,9 @@ def run_steps(
     record_every: int,
 ) -> Trace:
     """Returns the trace of a run; see `hypergrad.OuterLoop.run`."""
-    check_positive_int("num_steps", num_steps, optional=True)
-    check_record_every(loop, record_every, num_steps)
+    check_run_options(loop, num_steps, budget, progress, checkpoints, record_every)
     budget = positive("budget", optional=True)(budget)
-    if np.ndim(budget):
-        raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
-    check_progress(progress)
     progress = None if progress is False else progress
-    check_checkpoints(checkpoints)
     limits = Limits(time_limit, memory_limit)
     check_state(loop, state)
     host_options = {
@@ -91,8 +85,6 @@ def run_steps(
             "state must not be the state of a failed run, whose warm starts may be "
             "lost. Start a new run from trace.alpha and trace.w."
         )
-    if num_steps is None and (budget is None or budget == math.inf):
-        raise ValueError("num_steps or a finite budget must be given; got neither.")
     if not is_traced(budget) and budget == math.inf:
         budget = None
     if num_steps is not None and not used_options:
@@ -257,8 +249,10 @@ class _HostRun:
         rows = _concatenate(self.blocks)
         # A run that a limit or a budget ends has no rows for steps that were not made.
         if not is_stopped and math.isinf(self.budget.limit):
-            num_left = int(self.num_steps) - self.num_steps_made
-            blank = self._blank_rows(num_left // self.record_every)
+            num_left = (int(self.num_steps) - self.num_steps_made) // self.record_every
+            # Of a run until a limit of time more may be left than there is memory for.
+            num_bytes = num_left * sum(x[:1].nbytes for x in jax.tree.leaves(rows))
+            blank = self._blank_rows(num_left if num_bytes <= MAX_BLANK_BYTES else 0)
             rows = jax.tree.map(lambda *x: np.concatenate(x), rows, blank)
         return _make_trace(
             self.loop, self.state, rows, self.first_step, status, self.record_every

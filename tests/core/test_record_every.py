@@ -89,7 +89,7 @@ def test_a_budget_ends_a_run_after_a_whole_row(budget: float, num_rows: int):
 
 
 def test_a_run_of_rows_is_continued_and_reported_in_steps(tmp_path):
-    """Checkpoints are made at the first record after each multiple of ``every``."""
+    """The interval of checkpoints is rounded up to whole rows."""
     reports = []
     checkpoints = hg.Checkpoints(tmp_path, every=5)
     trace = run(
@@ -99,6 +99,9 @@ def test_a_run_of_rows_is_continued_and_reported_in_steps(tmp_path):
         progress=lambda step, value: reports.append(step),
     )
     assert reports == list(range(3, NUM_STEPS + 1, 3))
+    steps = sorted(int(file.stem[5:]) for file in tmp_path.glob("step-*.json"))
+    assert steps[-1] == NUM_STEPS
+    assert all(step % 6 == 0 for step in steps[:-1])
     whole = run(num_steps=48, record_every=3)
     resumed = run(num_steps=48, record_every=3, checkpoints=checkpoints)
     chex.assert_trees_all_equal(resumed.state, whole.state)

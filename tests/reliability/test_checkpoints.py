@@ -955,6 +955,16 @@ def test_a_failed_run_has_blank_rows_also_with_a_limit(monkeypatch):
     assert len(fail(time_limit=1e-9).value) == 60
 
 
+def test_a_run_until_a_limit_of_time_that_fails_has_the_rows_that_were_made(tmp_path):
+    """Blank rows would take terabytes; the folder can be read again."""
+    nan = optax.scale_by_schedule(lambda count: jnp.where(count == 5, jnp.nan, 0.1))
+    options = {"checkpoints": hg.Checkpoints(tmp_path, every=2), "time_limit": 3600.0}
+    for _ in range(2):
+        trace = run(num_steps=2 * 10**12, optimizer=nan, **options)
+        assert trace.status != "completed"
+        assert len(trace.value) == 6
+
+
 def test_a_run_that_takes_too_much_memory_stops_and_continues(tmp_path, monkeypatch):
     """The last good state is saved; at its end no limit stops a run."""
 
