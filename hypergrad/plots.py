@@ -29,6 +29,7 @@ COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "black")
 MAX_COLUMNS = 3
 MAX_LINES_PER_LEAF = 20
 MAX_CROSSES = 40
+MAX_LABELS = 11
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.0  # inches
 
 
@@ -349,6 +350,7 @@ def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
     leaves = [
         (_leaf_name(path), to_wide(leaf)[: len(steps)])
         for path, leaf in jax.tree.leaves_with_path(alphas)
+        if np.size(leaf) > 0
     ]
     if sum(leaf[0].size for _, leaf in leaves) <= len(COLORS):
         leaves = [
@@ -379,12 +381,19 @@ def _leaf_name(path: Any) -> str:
 
 def _add_legend(axes: "Axes") -> None:
     """Adds a legend on top of the panel, if a line has a label."""
-    num_labels = len(axes.get_legend_handles_labels()[1])
-    if num_labels:
+    handles, labels = axes.get_legend_handles_labels()
+    num_hidden = len(labels) - MAX_LABELS
+    if num_hidden > 1:
+        handles, labels = handles[:MAX_LABELS], labels[:MAX_LABELS]
+        handles.append(axes.plot([], [], alpha=0)[0])
+        labels.append(f"and {num_hidden} more")
+    if labels:
         axes.legend(
+            handles,
+            labels,
             loc="lower right",
             bbox_to_anchor=(1, 1),
-            ncols=min(num_labels, 3),
+            ncols=min(len(labels), 3),
             frameon=False,
             fontsize="small",
             borderaxespad=0.2,

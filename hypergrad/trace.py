@@ -157,7 +157,8 @@ class Trace(ResultModule):
         self._check_single("rows()")
         fixed_columns = {"value": self.value, "cost": self.cost}
         # They come first and are kept, whatever the names of the statistics are.
-        columns = fixed_columns | self.stats | fixed_columns
+        stats = {name: x for name, x in self.stats.items() if name != "step"}
+        columns = fixed_columns | stats | fixed_columns
         columns = {name: np.asarray(column) for name, column in columns.items()}
         metrics = {
             name: (np.asarray(column), is_evaluated(self, name))

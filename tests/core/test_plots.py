@@ -279,6 +279,27 @@ def test_an_infinite_trial_is_not_the_lowest():
     np.testing.assert_array_equal(lowest, np.minimum.accumulate(finite))
 
 
+def test_a_long_legend_is_cut_and_an_empty_leaf_is_left_out():
+    alpha = {f"rate_{i}": jnp.ones(()) for i in range(40)} | {"none": jnp.ones(0)}
+    total = lambda alpha: sum(jnp.sum(x) for x in alpha.values())
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: (w - total(alpha)) ** 2,
+        lambda w, alpha, batch: (w - 1.0) ** 2,
+    )
+    loop = hg.OuterLoop(
+        problem, hg.Implicit(hg.Newton()), optax.sgd(1e-3), record_alphas=True
+    )
+    figure = loop.run(loop.init(0.0, alpha), num_steps=2).plot()
+    (labels,) = (
+        [text.get_text() for text in axes.get_legend().get_texts()]
+        for axes in figure.axes
+        if axes.get_ylabel() == "alpha"
+    )
+    assert labels[:2] == ["alpha.rate_0", "alpha.rate_1"]
+    assert labels[-1] == f"and {40 - (len(labels) - 1)} more"
+    assert len(labels) == 12
+
+
 def test_an_empty_leaf_has_no_panel():
     figure = hg.plots.plot_hypergradient({"a": np.zeros((0, 3)), "b": np.ones(2)})
     assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["alpha.b"]
