@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from .batches import Batches, at_draw, sample_batch
 from .estimators.base import Estimate, Estimator, keys_of_samples
 from .hypergradient import hypergradient
-from .keys_in_w import bind_keys
+from .keys_in_w import bind_keys, remove_keys
 from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
 from .problem_checks import check_problem_type
@@ -116,7 +116,8 @@ def diagnose(
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
-    return tuple(describe_lost_derivatives(problem, inside, estimate.w, alpha))
+    final_w = remove_keys(estimate.w)
+    return tuple(describe_lost_derivatives(problem, inside, final_w, alpha))
 
 
 def _describe_sample(

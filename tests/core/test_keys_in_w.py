@@ -370,14 +370,15 @@ def test_a_model_with_a_key_is_loaded_only_into_its_shapes(tmp_path):
         hg.models.load("model", folder=tmp_path, like=(other, ALPHA))
 
 
-def test_diagnosis_names_a_derivative_that_is_lost_beside_a_key():
+@pytest.mark.parametrize("estimator", [hg.Implicit(hg.Newton()), hg.Unrolled(SGD)])
+def test_diagnosis_names_a_derivative_that_is_lost_beside_a_key(estimator):
     def stopped_loss(w, alpha, batch):
         shift = jax.lax.stop_gradient(w["scale"])
         lossy = jnp.sum(shift * (w["scale"] - alpha[0]) ** 2)
         return lossy + inner_loss(w, alpha, batch)
 
     problem = hg.Bilevel(stopped_loss, outer_loss)
-    (sentence,) = hg.diagnose(problem, hg.Implicit(hg.Newton()), W, ALPHA)
+    (sentence,) = hg.diagnose(problem, estimator, W, ALPHA)
     assert sentence.startswith("inner_loss loses derivatives in stop_gradient")
 
 
