@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..batches import full_batch
+from ..cost.counts import cost_stats
 from ..estimators import Implicit
 from ..estimators.base import make_stats
 from ..minimize import minimize
@@ -32,7 +33,8 @@ def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
     data, _ = task.problem.sample_data(key)
     w = task.problem.init_inner(task.w, task.alpha)
     w, stats = task.solver.solve(task.problem.inner_loss, w, task.alpha, data, key)
-    return trace_of_point(task, w, task.alpha, key, num_grads=stats["num_grads"])
+    counts = {name: stats[name] for name in ("num_grads", "num_hvps", "num_values")}
+    return trace_of_point(task, w, task.alpha, key, **counts)
 
 
 def keeps_w(method: Method) -> Method:
@@ -76,11 +78,15 @@ implicit = with_options(_implicit, grid={"learning_rate": (0.03, 0.1, 0.3)})
 def trace_of_point(
     task: Task, w: PyTree, alpha: PyTree, key: Array, **counts: Any
 ) -> Trace:
-    """Returns the trace of a method that ends at ``(w, alpha)`` without any step."""
-    _, outer_data = task.problem.sample_data(key)
+    """Returns the trace of a method that ends at ``(w, alpha)`` without any step.
+
+    Args:
+      task, w, alpha, key: The problem, and where the method ends.
+      counts: Calls of the losses by which it came there, as `cost_stats` takes them.
+    """
+    data, outer_data = task.problem.sample_data(key)
     value = jnp.mean(task.problem.outer_value(w, alpha, full_batch(outer_data, key)))
-    grads = jnp.asarray(counts.get("num_grads", 0.0), float)
-    stats = make_stats(num_grads=grads, gradient_equivalents=grads, num_hvps=0.0)
+    stats = make_stats(**cost_stats(data, outer_data, **counts))
     stats["trusted"] = jnp.asarray(True)
     return Trace(
         alpha=alpha,

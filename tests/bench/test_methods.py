@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.bench import Table, with_options
+from hypergrad.bench import Table, baselines, with_options
 from hypergrad.bench.methods import MethodError, check_method, run_method
 from hypergrad.tasks import Task
 
@@ -154,3 +154,26 @@ def test_a_task_of_any_options_holds_out_data():
     table = dataclasses.replace(table, task=lambda *_, **options: calls.append(options))
     table.make_task(jax.random.key(0), "small", lambda: None, {}, hold_out=True)
     assert calls == [{"hold_out": True}]
+
+
+def test_a_baseline_pays_for_the_products_of_its_training():
+    """Newton's method spends most of its cost on them."""
+    outer = lambda w, alpha, batch: jnp.mean(
+        jax.nn.softplus(-batch[1] * (batch[0] @ w))
+    )
+    inner = lambda w, alpha, batch: (
+        outer(w, alpha, batch) + jnp.exp(alpha) * jnp.sum(w**2)
+    )
+    x = jax.random.normal(jax.random.key(0), (50, 20))
+    data, w, alpha = (x, jnp.sign(x[:, 0])), jnp.zeros(20), jnp.asarray(-5.0)
+    task = dataclasses.replace(
+        TASK, problem=hg.Bilevel(inner, outer, data, data), solver=hg.Newton(), w=w,
+        alpha=alpha,
+    )  # fmt: skip
+    key = jax.random.key(0)
+    stats = baselines.no_hyperparameters(task, budget=1000, key=key).stats
+    _, spent = task.solver.solve(inner, w, alpha, data, key)
+    assert spent["num_hvps"] > spent["num_grads"]
+    assert stats["num_hvps"] == spent["num_hvps"]
+    total = spent["num_grads"] + 2 * spent["num_hvps"] + spent["num_values"] / 3
+    np.testing.assert_allclose(stats["gradient_equivalents"][0], total, rtol=1e-6)
