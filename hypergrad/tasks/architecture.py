@@ -40,7 +40,6 @@ from .classifier import (
     losses,
     mask_held_out,
     random_order,
-    weighted_mean,
 )
 from .networks import extract_patches
 from .task import Task, as_sizes, check_choice, check_finite, has_held_out
@@ -146,9 +145,13 @@ def scores(
 
 
 def cross_entropy(w: PyTree, alpha: Array, batch: PyTree) -> Array:
-    """Returns the mean cross-entropy of the examples in use, by default all."""
+    """Returns the mean cross-entropy, weighted by ``use``, by default 1.
+
+    The mean of all ``use`` must be 1, that of a batch need not: the loss of a random
+    batch is an unbiased estimate of that of all examples.
+    """
     values = losses(lambda w, x: scores(w, alpha, x), w, batch)
-    return weighted_mean(values, batch.get("use", jnp.ones_like(values)))
+    return jnp.mean(values * batch.get("use", 1))
 
 
 def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
@@ -334,6 +337,7 @@ def make(
     splits = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
     val = splits["val"] | {"price": prices, "use": jnp.ones(num_val)}
+    used = mask_held_out(val, hold_out)
     shape = (len(EDGES), len(OPERATIONS))
     return Task(
         name="architecture",
@@ -343,7 +347,7 @@ def make(
             train_loss,
             val_loss,
             Batches(splits["train"], min(BATCH_SIZE, num_train)),
-            Batches(mask_held_out(val, hold_out)),
+            Batches(val | {"use": used["use"] / jnp.mean(used["use"])}),
         ),
         solver=SOLVER,
         w=init_network(key, channels),

@@ -234,5 +234,5 @@ def make_cartpole(
             "discount": spaces.Interval(0.5, 0.999),
             "entropy": spaces.Interval(1e-4, 1.0, log=True),
         },
-        metrics={"return": losses.mean_return},
+        metrics={"return": jax.tree_util.Partial(losses.mean_return)},
     )

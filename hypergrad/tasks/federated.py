@@ -14,6 +14,9 @@ With H_c, J_c and b_c of client c, the *global* hypergradient is
 ``-(mean J_c)' (mean H_c)^-1 (mean b_c)``, in which every product is a round of
 communication. The *local* hypergradient (LFedNest), ``-mean J_c' H_c^-1 b_c``, needs a
 single round and differs from the global one if the clients differ.
+
+Costs count clients as examples: an outer gradient, of the validation examples of all
+clients, counts as one inner gradient, and ``num_examples`` is a number of clients.
 """
 
 from typing import Any

@@ -143,7 +143,8 @@ class LocalImplicit(eqx.Module):
       solver: Inner solver of the mean loss over clients.
       linear_solver: Linear solver for the adjoint of each client, with its own Hessian.
 
-    Cost: the inner solve, the mean of the clients' products, one outer gradient.
+    Cost: the inner solve, the products of the slowest client, because the clients solve
+      in lockstep, and one outer gradient.
     Memory: an adjoint for each client.
     Bias: none if all clients are alike; otherwise it does not vanish, so no estimate is
     trusted.
@@ -192,7 +193,7 @@ class LocalImplicit(eqx.Module):
         results = jax.vmap(client_hypergradient)(
             split_clients(data.inner_batch()), split_clients(data.outer_batch())
         )
-        num_products = jnp.mean(results.linear_stats["num_products"])
+        num_products = jnp.max(results.linear_stats["num_products"])
         estimate = make_estimate(
             jnp.mean(results.value),
             mean_over_clients(results.hypergradient),

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from ..validation import as_key
+from ..validation import as_key, is_traced
 from .cartpole import make_cartpole
 from .random_walk import make_mrp
 from .task import Task, sizes_of
@@ -65,4 +65,11 @@ def make(
         raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
     build = {"mrp": make_mrp, "cartpole": make_cartpole}[variant]
     chosen = sizes_of("reinforcement", SCALES[variant][scale], sizes)
+    if is_traced(chosen):
+        names = sorted(name for name, x in chosen.items() if is_traced(x))
+        raise TypeError(
+            f"{names[0]} must be concrete, because it is a constant of the compiled "
+            "inner solver; got a traced value. Call make outside of jit and vmap, or "
+            "pass a Python number."
+        )
     return build(as_key(key), **chosen)

@@ -100,6 +100,17 @@ def test_held_out_images_do_not_contribute_to_the_outer_loss():
     np.testing.assert_allclose(actual, VAL_LOSS(TASK.w, ALPHA, kept), rtol=1e-12)
 
 
+def test_batches_of_held_out_images_estimate_the_outer_loss():
+    """The mean over single images is the loss, though a third of them are held out."""
+    task = architecture.make(**ARGUMENTS, hold_out=True)
+    data = task.problem.outer_data.data
+    single = lambda i: VAL_LOSS(TASK.w, ALPHA, jax.tree.map(lambda x: x[i, None], data))
+    values = jax.vmap(single)(jnp.arange(len(data["y"])))
+    np.testing.assert_allclose(
+        jnp.mean(values), VAL_LOSS(TASK.w, ALPHA, data), rtol=1e-12
+    )
+
+
 # The cost of a cell and the ranking of all cells.
 
 

@@ -96,6 +96,29 @@ def test_only_the_global_hypergradient_is_exact_for_different_clients(key):
     assert optax.tree.norm(difference) > 0.1 * optax.tree.norm(expected.hypergradient)
 
 
+def test_clients_take_as_many_products_as_the_slowest():
+    """They solve in lockstep; a client with equal curvatures needs two steps."""
+    curvatures = jnp.stack([jnp.ones(20), jnp.linspace(1.0, 50.0, 20)])[:, None]
+    targets = jnp.broadcast_to(jnp.arange(20.0), curvatures.shape)
+    inner = lambda w, alpha, batch: (
+        0.5 * jnp.mean(jnp.sum(batch * (w - alpha)[None, None] ** 2, axis=-1))
+    )
+    outer = lambda w, alpha, batch: jnp.mean(
+        jnp.sum((w[None, None] - batch) ** 2, axis=-1)
+    )
+    linear_solver = hg.CG(rtol=1e-5, max_steps=40, preconditioner=None)
+    estimator = LocalImplicit(FedAvg(0.01, 1, 1), linear_solver)
+
+    def num_products(clients):
+        problem = hg.Bilevel(inner, outer, curvatures[clients], targets[clients])
+        estimate = hg.hypergradient(problem, estimator)(jnp.zeros(20), jnp.ones(20))
+        return int(estimate.stats["num_hvps"])
+
+    fast, slow = num_products(jnp.array([0])), num_products(jnp.array([1]))
+    assert fast < slow
+    assert num_products(jnp.array([0, 1])) == slow
+
+
 def test_hypergradients_of_different_clients_equal_dense_algebra(key):
     """The local one is the mean of ``-J_c' H_c^-1 b_c``, the global one that of means.
 

@@ -168,6 +168,20 @@ def test_outer_derivative_is_the_policy_gradient():
     assert max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(expected)) > 1e-3
 
 
+@pytest.mark.parametrize("variant", ["mrp", "cartpole"])
+def test_tasks_of_several_keys_are_made_at_once(variant):
+    make = lambda key: reinforcement.make(key=key, variant=variant)
+    tasks = jax.vmap(make)(jax.random.split(jax.random.key(0), 2))
+    for leaf in jax.tree.leaves(tasks.alpha):
+        assert leaf.shape[0] == 2
+
+
+def test_a_traced_step_size_is_an_error():
+    make = lambda x: reinforcement.make(key=jax.random.key(0), step_size=x).w
+    with pytest.raises(TypeError, match="step_size must be concrete"):
+        jax.vmap(make)(jnp.array([0.1, 0.2]))
+
+
 @pytest.mark.parametrize("name", ["variant", "scale"])
 def test_unknown_variants_and_scales_are_errors(name: str):
     """The error names the argument."""
