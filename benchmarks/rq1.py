@@ -104,20 +104,19 @@ Criteria (o), seeds 0..4.
 Withdrawn before the first run: that inner training is at least 80% of what grid, random
 and TPE spend. For these rows the share is T gradients to one value, known from the
 sizes; what cannot fail is no claim. It is shown without a verdict. So are: the inner
-share of every row with hypergradients on every task; how many of its estimates are
-trusted by their own account; what *best* costs against random with its tuning; what is
-first on each task, without tuning and with; what sharing makes of random search; and
-which rates are at an end of those that were tried.
+share of every row with hypergradients on every task; what *best* costs against random
+with its tuning; what is first on each task, without tuning and with; what sharing makes
+of random search; and which rates are at an end of those that were tried.
 
 What falls short: A run is judged by T steps from the start. Warm starts, the single
 loop and sharing never train so: their `w` is that of all steps so far, and where T ends
 a training early, as on *federated* and *semi_supervised*, the best `alpha` after more
 steps is another one. `Implicit` takes `w` for stationary, which after T steps it is
-not: from a new start, its estimates report themselves as not trusted on every task but
-*unsupervised*. Those of `Unrolled` always are, for its own target, the run that it
-differentiates, which for a warm row is the short one from the last `w`. Who is first is
-told by means of five seeds without an interval, and what a search needs is luck in
-part.
+not. Its error is not estimated: in the first run no estimate from a new start was
+trusted on any task but *unsupervised*, and the products of an error estimate would
+count. `Unrolled` has another target, the run that it differentiates, which for a warm
+row is the short one from the last `w`. Who is first is told by means of five seeds
+without an interval, and what a search needs is luck in part.
 
 Intervals: The targets and costs are those of the outer loss. No test split is read, so
 that the correction for re-splits of one data set (Nadeau and Bengio 2003) does not
@@ -180,14 +179,13 @@ def body(rows: list[Row]) -> list[str]:
         "and the cost of choosing the rate, once. Inner, hypergradient and outer: "
         "parts of the cost. Left: of the way to the grid's best at the best "
         "evaluation, "
-        "median, below zero where that is better than the grid's. Trusted: estimates "
-        "that are trusted. MFLOPs by the traced programs; CO2 by assumption.",
+        "median, below zero where that is better than the grid's. MFLOPs by the "
+        "traced programs; CO2 by assumption.",
         "",
     ]
     headings = (
         "method", "reached", "grad-eq", "range", "with tuning", "inner",
         "hypergradient", "outer", "MFLOPs", "CO2 mg", "left", "evaluations", "rate",
-        "trusted",
     )  # fmt: skip
     labels = {row["method"] for row in rows}
     for task, system in SYSTEMS.items():
@@ -211,8 +209,7 @@ def table_cells(rows: list[Row], task: str, method: str) -> list[str]:
     values = lambda name: column(rows, task, method, name)
     cost, num_misses = costs_to_target(rows, task, method)
     bound, mean = "> " if num_misses else "", geometric_mean(cost)
-    trusted = values("trusted").sum() / values("steps").sum()
-    rate = [f"{values('setting')[0]:g}", f"{trusted:.0%}"]
+    rate = f"{values('setting')[0]:g}"
     return [
         method,
         f"{cost.size - num_misses} of {cost.size}",
@@ -224,7 +221,7 @@ def table_cells(rows: list[Row], task: str, method: str) -> list[str]:
         bound + figures(values("grams").mean() * 1e3),
         f"{np.median(values('left')):.1%}",
         f"{values('evaluations').mean():.0f}",
-        *(rate if method in DESCENTS else ["-", "-"]),
+        rate if method in DESCENTS else "-",
     ]
 
 

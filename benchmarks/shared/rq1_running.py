@@ -44,7 +44,7 @@ RATES, SLOW_RATES = (0.1, 0.3, 1.0, 3.0, 10.0), (0.01, 0.03, 0.1, 0.3, 1.0)
 #: Assumed operations per second, watts, and grams of CO2 per kilowatt-hour.
 OPERATIONS, WATTS, GRAMS = 5e9, 20.0, 400.0
 PARTS = ("inner", "hypergradient", "outer")
-COUNTED = (*PARTS, "products", "trusted")  # of a run, until the target
+COUNTED = (*PARTS, "products")  # of a run, until the target
 
 SEARCHERS = {
     "grid": hg.searchers.Grid(GRID_SIDE),
@@ -79,7 +79,9 @@ IMPLICIT_COST = lambda inner, outer: inner + HVP_COST * 12 + 2 * outer
 UNROLLED_COST = lambda inner, outer: (2 + HVP_COST) * inner + 1 + outer
 DESCENTS = {
     IMPLICIT: Descent(
-        lambda solver, _: hg.Implicit(solver, SOLVE, warm_start=False),
+        lambda solver, _: hg.Implicit(
+            solver, SOLVE, warm_start=False, estimate_error=False
+        ),
         IMPLICIT_COST, extra_products=1,
     ),
     UNROLLED: Descent(
@@ -90,7 +92,8 @@ DESCENTS = {
         lambda _, joint: hg.SOBA(joint), lambda _, outer: HVP_COST + outer, SLOW_RATES
     ),
     WARM_IMPLICIT: Descent(
-        lambda solver, _: hg.Implicit(solver, SOLVE), IMPLICIT_COST, extra_products=2
+        lambda solver, _: hg.Implicit(solver, SOLVE, estimate_error=False),
+        IMPLICIT_COST, extra_products=2,
     ),
     WARM_UNROLLED: Descent(
         lambda solver, _: hg.Unrolled(solver, checkpoint=True, warm_start=True),
@@ -187,7 +190,7 @@ def whole_grid(task: str, seed: int) -> dict:
 
 
 # Runs as columns: ``h`` of the alpha that would be returned, the parts of the cost of a
-# step, its products, and whether its estimate is trusted.
+# step, and its products.
 
 
 def init_cost(task: str, method: str) -> float:
@@ -223,7 +226,6 @@ def descend(task: str, method: str, problem: Any, w: Any, rate: Array) -> dict:
         "hypergradient": total - inner - outer * calls,
         "outer": outer * calls,
         "products": stats["num_hvps"],
-        "trusted": jnp.asarray(stats["trusted"], float),
     }
 
 
@@ -272,7 +274,7 @@ def search(task: str, method: str, seed: int, bound: float = -math.inf) -> dict:
     alpha = np.stack([np.asarray(trace.metrics[name]) for name in COORDINATES], axis=1)
     if method == SHARING:
         h = evaluate_incumbents(h, lambda index: h_at(task, seed, alpha[index]))
-    columns |= {"products": zeros, "trusted": zeros}
+    columns |= {"products": zeros}
     return {"h": np.minimum.accumulate(h)} | columns
 
 
@@ -319,7 +321,7 @@ def evaluate_run(
 
     ``cost`` is that of reaching the target, or None if it is not reached; then the
     whole cost, ``gradient_equivalents``, is a lower bound. The parts of the cost,
-    steps, products and trusted estimates are those until the target, or of all.
+    steps and products are those until the target, or of all.
     ``left`` is the remaining fraction of the way from the start to the target.
     """
     counts = {name: np.cumsum(columns[name]) for name in COUNTED}

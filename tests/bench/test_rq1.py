@@ -190,7 +190,6 @@ TARGET = Target(start=2.0, target=1.0)
 def columns(h):
     """Two of inner, one of each other part, and three products a step."""
     cost = {"inner": 2.0, "hypergradient": 1.0, "outer": 1.0, "products": 3.0}
-    cost |= {"trusted": 0.5}
     return {"h": np.array(h)} | {name: np.full(len(h), x) for name, x in cost.items()}
 
 
@@ -200,7 +199,7 @@ def test_a_run_is_there_at_its_first_value_within_a_tenth():
     row = evaluate_run(columns(h), 10.0, TARGET, 100)
     assert (row["cost"], row["gradient_equivalents"], row["steps"]) == (26, 30, 4)
     assert (row["inner"], row["hypergradient"], row["outer"]) == (18, 4, 4)
-    assert (row["products"], row["trusted"]) == (12, 2)
+    assert row["products"] == 12
     assert row["left"] == pytest.approx(-0.1)
     row = evaluate_run(columns(h), 10.0, TARGET, 25)
     assert (row["cost"], row["gradient_equivalents"], row["steps"]) == (None, 22, 3)
@@ -276,7 +275,7 @@ def make_rows(cost: dict, spent: float = 5000.0, inner: float = 0.9) -> list[dic
                 "cost": here, "gradient_equivalents": spent, "left": 0.0,
                 "evaluations": 9,
                 "inner": 100 * inner, "hypergradient": 0.0, "outer": 100 * (1 - inner),
-                "steps": 4, "trusted": 1.0, "flops": 1e6, "grams": 1e-3, "unknown": [],
+                "steps": 4, "flops": 1e6, "grams": 1e-3, "unknown": [],
                 "setting": 0.3,
                 "score": {"unrolled": 1.0}.get(method, 2.0)
                 if method in DESCENTS else None,
@@ -405,7 +404,7 @@ def test_who_is_first_is_told_with_tuning_too():
     assert "with its tuning counted, implicit, 97;" in line(rows, "physics: first is")
     cells = rq1.table_cells(rows, "physics", "implicit")
     assert cells[:5] == ["implicit", "5 of 5", "90", "90 to 90", "97"]
-    assert cells[-2:] == ["0.3", "25%"]  # its rate; one of four estimates
+    assert cells[-1] == "0.3"  # its rate
 
 
 def test_rates_at_an_end_are_told():
