@@ -51,8 +51,6 @@ pairs (4 to 256) to the power -1/2: the 95% interval over seeds 0..9 lies within
 it. Only this claim is statistical; everything else is a single instance, seed 0.
 
 Hyperparameters and tolerances were chosen on the problems of seed 101.
-The committed rows were made when each step of Newton's method computed a value besides
-its gradient, a third of a gradient-equivalent; a new row costs a little less.
 """
 
 import math
