@@ -18,7 +18,8 @@ seeds of the table): 300 steps of gradient descent, momentum 0.9, rate falling f
 to 0 as a half cosine. Accuracy and loss of a cell are means over the 8 trainings on the
 untouched test images. The regret is the accuracy of the best cell minus that of the
 chosen cell. One retraining standard deviation is that of the best cell's 8 accuracies.
-Rows are evaluated by this ranking, and nothing else reads it. The command
+Rows are evaluated by this ranking; the table warm_start also chose two rates by it, on
+seeds that it does not report. The command
 `python -m benchmarks.shared.architecture_cells` (about five minutes on two cores)
 writes it to hypergrad/tasks/architecture_cells.jsonl.
 
