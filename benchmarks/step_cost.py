@@ -89,8 +89,10 @@ def peer_run(
     solver = make_solver(method, step_size=rate)
     solver.set_objective(*problem.sliced(), *problem.sizes, problem.w, problem.alpha)
 
+    initial_carry = solver.init()
+
     def run():
-        carry = solver.init()
+        carry = initial_carry
         size = min(BLOCK, num_steps)
         for block in range(num_steps // size):
             carry = make_steps(solver, method, carry, size, block * size)

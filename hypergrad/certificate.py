@@ -176,11 +176,7 @@ class Certificate(ResultModule):
 
     @property
     def distance(self) -> Scalar:
-        """The error estimate, or NaN if a condition but that of the error fails.
-
-        It is the distance to the derivative at the argmin of an estimate that has
-        another target.
-        """
+        """The error estimate, or NaN if a condition but that of the error fails."""
         failed = [flag for name, flag in self.flags.items() if name != "error"]
         return jnp.where(jnp.any(jnp.stack(failed)), jnp.nan, self.error_estimate)
 

@@ -70,7 +70,7 @@ def from_unit(space: PyTree, t: Float[ArrayLike, " num_axes"]) -> PyTree:
     0.01
     """
     leaf_spaces = _spaces_with_cube(space)
-    t = t if is_traced(t) else np.asarray(t)
+    t = jnp.asarray(t) if is_traced(t) else np.asarray(t)
     offsets = np.cumsum([math.prod(leaf.unit_shape) for leaf in leaf_spaces])
     if t.shape != (offsets[-1],):
         raise ValueError(f"t must have shape ({offsets[-1]},); got {t.shape}.")

@@ -615,6 +615,17 @@ def test_a_loss_without_w_takes_the_products_of_the_slower_solve(linear_solver):
     assert num_hvps(ridge_outer, penalty) == num_hvps(ridge_outer, ridge_outer)
 
 
+def test_a_loss_without_w_hides_no_curvature():
+    """It has no system to solve, and so no curvature of its own."""
+    penalty = lambda w, alpha, batch: jnp.sum(alpha**2)
+    data = RIDGE.problem.inner_data, RIDGE.problem.outer_data
+    problem = hg.Bilevel(ridge_penalty, (ridge_outer, penalty), *data)
+    stats = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(
+        RIDGE.w, RIDGE.alpha
+    ).stats
+    assert 0 < stats["ritz_min"] <= stats["ritz_max"] < jnp.inf
+
+
 class OwnScaling(hg.MINRES):
     """MINRES that finds its scaling itself, whatever it is given."""
 

@@ -762,6 +762,14 @@ def test_another_environment_is_refused(name: str, finished, monkeypatch):
         run(checkpoints=hg.Checkpoints(finished))
 
 
+def test_another_number_of_devices_is_named_alone(finished, monkeypatch):
+    """The texts of all functions of a run on several devices depend on it."""
+    number = lambda loop, state: {checkpoint.NUM_DEVICES: "4"}
+    monkeypatch.setattr(outer_fingerprint, "_number_of_devices", number)
+    with pytest.raises(ValueError, match=r"number of devices is 1 in .* and 4 now"):
+        run(checkpoints=hg.Checkpoints(finished))
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     """Of two processes or of one; a dead process holds no lock."""
     script = """

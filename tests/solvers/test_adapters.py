@@ -483,3 +483,12 @@ def test_a_loop_of_jaxopt_is_differentiated_exactly_and_trusted():
     estimate = hg.hypergradient(problem, hg.Unrolled(solver))(0.0, 1.0)
     np.testing.assert_allclose(estimate.hypergradient, 18.0, rtol=1e-9)
     assert estimate.trusted, estimate.reasons
+
+
+def test_a_jaxopt_run_that_ends_at_nan_has_not_converged():
+    """Its Polyak step is 0 / 0 where the loss and its gradient are 0."""
+    solver = hg.from_jaxopt(jaxopt.PolyakSGD(unused_loss, max_stepsize=1.0, tol=1e-6))
+    loss = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    w, stats = solve(solver, loss, jnp.ones(2), jnp.ones(2), None)
+    assert np.isnan(w).all()
+    assert stats["converged"] == 0
