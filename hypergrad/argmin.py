@@ -108,29 +108,39 @@ def argmin(
             (w0, alpha, batch),
             lambda: {"w0": w0, "inner_loss": loss(init_w, alpha, batch)},
         )
-        pure_loss, closed_over = convert_closure(
+        loss, closed_over = convert_closure(
             loss, init_w, alpha, batch, with_floats=True
         )
         args = alpha, batch, *closed_over
-        run_solver = lambda w0, args, key: _run_solver(solver, pure_loss, w0, args, key)
-        run_solver, solver_arrays = convert_closure(run_solver, init_w, args, key)
-        shapes = jax.eval_shape(run_solver, init_w, args, key, *solver_arrays)
-        check_same_structure(f"{type(solver).__name__}.solve", shapes, init_w)
-        arrays, static = eqx.partition(linear_solver, eqx.is_array)
-        solve = _make_differentiable_solve(pure_loss, run_solver, static)
-        w = solve(init_w, args, (key, solver_arrays, arrays))
+        run_solver, arrays = _make_pure_solver(solver, loss, init_w, args, key)
+        linear_arrays, static = eqx.partition(linear_solver, eqx.is_array)
+        solve = _make_differentiable_solve(loss, run_solver, static)
+        w = solve(init_w, args, (key, arrays, linear_arrays))
         return restore_keys(w, keys_of(w0))
 
     return solution_fn
 
 
-def _run_solver(
+def _make_pure_solver(
     solver: InnerSolver, loss: Loss, w0: PyTree, args: PyTree, key: Array
-) -> PyTree:
-    """Returns the ``w`` of a solver, for ``args = (alpha, batch, *closed_over)``."""
-    alpha, batch, *closed_over = args
-    inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
-    return solver.solve(inner_loss, w0, alpha, batch, key)[0]
+) -> tuple[Callable[..., PyTree], list[Array]]:
+    """Returns ``(w0, args, key, *arrays) -> w*`` and the arrays that a solver holds.
+
+    Args:
+      solver: The solver.
+      loss: ``(w, alpha, batch, *closed_over) -> scalar``.
+      w0, args, key: Arguments of the function; ``args = (alpha, batch, *closed_over)``.
+    """
+
+    def run_solver(w0, args, key):
+        alpha, batch, *closed_over = args
+        inner_loss = lambda w, alpha, batch: loss(w, alpha, batch, *closed_over)
+        return solver.solve(inner_loss, w0, alpha, batch, key)[0]
+
+    run_solver, arrays = convert_closure(run_solver, w0, args, key)
+    shapes = jax.eval_shape(run_solver, w0, args, key, *arrays)
+    check_same_structure(f"{type(solver).__name__}.solve", shapes, w0)
+    return run_solver, arrays
 
 
 def _check_arguments(

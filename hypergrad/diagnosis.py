@@ -97,8 +97,7 @@ def diagnose(
         raise ValueError("diagnose needs concrete arrays; call it outside of jax.jit.")
     w, alpha = as_input_arrays(w, alpha)
     problem, w = bind_keys(problem, w)
-    key = as_key(key)
-    _, estimate_key = jax.random.split(key)  # as in `hypergradient`
+    _, estimate_key = jax.random.split(as_key(key))  # as in `hypergradient`
     w0 = problem.init_inner(w, alpha)
     if sentences := tuple(_describe_point(problem, w0, alpha)):
         return sentences
@@ -116,8 +115,8 @@ def diagnose(
         return sentences
     if not estimate.flags.get("lost_derivative", False):
         return ()
-    final_w = remove_keys(estimate.w)
-    return tuple(describe_lost_derivatives(problem, inside, final_w, alpha))
+    w = remove_keys(estimate.w)
+    return tuple(describe_lost_derivatives(problem, inside, w, alpha))
 
 
 def _describe_sample(

@@ -85,8 +85,7 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
       key: PRNG key. Defaults to ``jax.random.key(0)``.
       state: ``trace.state`` of an earlier run with the same arguments, which this run
         continues: both runs together make the steps of one longer run, to the bit.
-        ``w`` and ``alpha`` must then have the structure of the earlier ones, and their
-        values are not used.
+        ``w`` and ``alpha`` must be structured like the earlier ones and are not used.
 
     Returns:
       A `Trace` with a row per step, or per ``record_every`` steps.

@@ -154,8 +154,8 @@ def _underflows(outer_grad: PyTree) -> Array:
     leaves = jax.tree.leaves(outer_grad)
     if all(leaf.dtype != jnp.float16 for leaf in leaves):
         return jnp.asarray(False)
-    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in widen(leaves)])
-    return jnp.max(largest) < float(jnp.finfo(jnp.float16).tiny)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in widen(leaves)]
+    return jnp.max(jnp.stack(sizes)) < float(jnp.finfo(jnp.float16).tiny)
 
 
 def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:

@@ -77,8 +77,8 @@ def from_unit(space: PyTree, t: Float[ArrayLike, " num_axes"]) -> PyTree:
     _, structure = flatten_space(space)
     bounds = itertools.pairwise([0, *offsets.tolist()])
     leaves = [
-        leaf.from_unit(t[start:end].reshape(leaf.unit_shape))
-        for leaf, (start, end) in zip(leaf_spaces, bounds, strict=True)
+        leaf.from_unit(t[slice(*pair)].reshape(leaf.unit_shape))
+        for leaf, pair in zip(leaf_spaces, bounds, strict=True)
     ]
     return structure.unflatten(leaves)
 

@@ -58,8 +58,7 @@ def temperature_from_scores(
       scores: Scores [n], [n, C], or of any shape with a threshold. For labels or
         several rankings pass ``scores.ravel()`` and ``targets.ravel()``: pairs of all
         rows stand for the pairs of each row.
-      targets: Targets of the surrogate. Without a threshold, gains above 0 are
-        positive. Optional.
+      targets: Targets of the surrogate, where gains above 0 are positive. Optional.
       threshold: Threshold of the surrogate. Defaults to none.
       gap: Mean error of the sigmoids, in (0, 0.1]. A smaller gap is closer to the
         metric and has a flatter gradient. Average precision, which depends on few
