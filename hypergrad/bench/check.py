@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from .claims import Finding
 from .report import TableResult
@@ -20,6 +21,11 @@ def load_result(name: str, table: BaseTable, folder: Path) -> TableResult:
     result = _read_result(name, table, folder)
     if problems := mixed_fields(result.rows):
         raise ValueError(f"{folder / name}.jsonl mixes runs: {'; '.join(problems)}.")
+    if not result.printed_rows:
+        raise ValueError(
+            f"{folder / name}.jsonl holds rows of tuning only. The same "
+            "`hypergrad run` continues from them."
+        )
     return result
 
 
@@ -62,9 +68,13 @@ def mixed_fields(rows: list[Row]) -> list[str]:
     """Returns the common fields that have several values, in words."""
     problems = []
     for name in COMMON_FIELDS:
-        values = sorted({str(row.get(name)) for row in rows})
+        values: list[Any] = []  # 60 and 60.0 are equal
+        for row in rows:
+            if (value := row.get(name)) not in values:
+                values.append(value)
         if len(values) > 1:
-            problems.append(f"rows were made with several values of {name}: {values}")
+            texts = sorted(map(str, values))
+            problems.append(f"rows were made with several values of {name}: {texts}")
     return problems
 
 

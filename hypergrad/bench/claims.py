@@ -148,15 +148,15 @@ class Pair:
         values = [self.values(label, rows) for label in labels]
         if values[0].keys() != values[1].keys():
             return "a method lacks seeds of the other one"
-        if len(values[0]) < MIN_SEEDS:
-            text = f"{len(values[0])} seeds, {MIN_SEEDS} are needed for an interval"
-            return text + self._mean_in_words(rows)
         num_failed = sum(
             has_failed(row) for label in labels for row in self.rows_of(label, rows)
         )
         if num_failed:
             verb = "run was" if num_failed == 1 else "runs were"
             return f"{num_failed} {verb} not completed"
+        if len(values[0]) < MIN_SEEDS:
+            text = f"{len(values[0])} seeds, {MIN_SEEDS} are needed for an interval"
+            return text + self._mean_in_words(rows)
         numbers = np.array([list(by_seed.values()) for by_seed in values])
         if not np.all(np.isfinite(numbers)):
             return "a row has no number"

@@ -336,7 +336,11 @@ def _make_page(
     with tempfile.TemporaryDirectory() as temporary:
         # An older figure beside the rows may be of other rows.
         path = (folder if update else Path(temporary)) / f"{result.name}.png"
-        figure = path.read_bytes() if plot(result, path) else None
+        try:
+            figure = path.read_bytes() if plot(result, path) else None
+        except MISSING_ROWS:  # the rows that are there can be printed without it
+            path.unlink(missing_ok=True)
+            figure = None
     page = to_html(result, figure, markdown)
     return page, _index_entry(result, findings, figure)
 
@@ -435,6 +439,8 @@ def export(folder: Path, kind: str, out: Path) -> tuple[list[Path], dict[str, st
         try:
             path = exports.export(result, kind, out)
             paths += [] if path is None else [path]
+        except exports.TableError as error:
+            errors[result.name] = str(error)
         except (KeyError, IndexError, TypeError) as error:
             text = f"the rows lack a field: {type(error).__name__}: {error}"
             errors[result.name] = text

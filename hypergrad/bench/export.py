@@ -36,6 +36,10 @@ LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 
 
+class TableError(Exception):
+    """The data of a table cannot be exported, though those of others may be."""
+
+
 def export(result: TableResult, kind: str, folder: Path) -> Path | None:
     """Writes a result in a format.
 
@@ -49,6 +53,7 @@ def export(result: TableResult, kind: str, folder: Path) -> Path | None:
 
     Raises:
       ValueError: The format is unknown, or its package is not installed.
+      TableError: The data of this table cannot be loaded.
     """
     if kind not in WRITERS:
         raise ValueError(f"format must be one of {', '.join(WRITERS)}; got {kind!r}.")
@@ -154,7 +159,10 @@ def write_splits(result: TableResult, folder: Path) -> Path | None:
         return None
     directory, sums = folder / f"{result.name}-splits", []
     for seed in sorted({row["seed"] for row in result.printed_rows}):
-        splits = make_task(table, seed, result.scale).splits
+        try:
+            splits = make_task(table, seed, result.scale).splits
+        except (OSError, ValueError) as error:
+            raise TableError(f"its data cannot be loaded: {error}") from error
         if splits is None:
             return None
         leaves, _ = jax.tree_util.tree_flatten_with_path(splits)

@@ -60,7 +60,7 @@ class TableResult:
         findings = []
         for label in self.labels:
             rows = self.rows_of(label)
-            stopped = [row for row in rows if "stopped" in row]
+            stopped = [row for row in rows if isinstance(row.get("stopped"), str)]
             if stopped:
                 seeds = ", ".join(str(row["seed"]) for row in stopped)
                 reasons = "; ".join(dict.fromkeys(row["stopped"] for row in stopped))

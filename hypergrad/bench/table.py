@@ -249,6 +249,7 @@ class Table(BaseTable):
         together with each method's own.
       selection: Metrics of the task by which a setting is chosen: higher is better, or
         lower for a name that starts with "-"; ties are broken by the next name.
+        Defaults to the outer value at the ``alpha`` that a method returns.
       method_key: ``key of the seed -> key`` that a method gets.
       selection_cost: Gradient-equivalents of the metrics of ``selection``, which are
         counted for each tuning run; 0 if they train nothing.
@@ -387,7 +388,8 @@ class Table(BaseTable):
             sign = -1.0 if name.startswith("-") else 1.0
             metric = task.metrics[name.removeprefix("-")]
             scores.append(sign * float(metric(w, trace.alpha, key)))
-        return scores or [-float(np.mean(trace.value[-1]))]
+        row = trace.last_row if trace.best_row is None else int(trace.best_row)
+        return scores or [-float(np.mean(trace.value[row]))]
 
     def make_task(
         self,

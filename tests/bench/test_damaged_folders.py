@@ -182,6 +182,45 @@ def test_a_report_does_not_mix_two_runs(results, good_rows, capsys):
     assert "several values of source" in message
 
 
+def test_rows_of_tuning_alone_are_no_result_yet(results, capsys):
+    for command in (cli.write_report, lambda x: cli.export(x, "csv")):
+        _, _, errors = call(capsys, command, results)
+        line = next(x for x in errors.splitlines() if "tuning_only failed" in x)
+        assert "rows of tuning only" in line
+        assert "hypergrad run" in line
+    assert not (results / "export" / "tuning_only.csv").exists()
+
+
+def test_a_report_without_the_rows_of_a_figure_prints_the_others(tables, capsys):
+    text = (tables / "quadratic.py").read_text()
+    text = text.replace("seeds=5,", "seeds=5, plot=lambda rows, path: rows[10_000],")
+    (tables / "quadratic.py").write_text(text)
+    assert call(capsys, cli.write_report, tables / "results")[0] == 0
+    page = (tables / "results" / "html" / "quadratic.html").read_text()
+    assert "<table>" in page
+    assert "data:image/png" not in page
+
+
+def test_splits_of_other_tables_are_written_if_the_data_of_one_are_absent(
+    tables, good_rows, capsys
+):
+    results = tables / "results"
+    text = (tables / "quadratic.py").read_text()
+    lost = text.replace("    goal =", "    open('/no/such/data')\n    goal =")
+    (tables / "a_lost.py").write_text(lost)
+    write_rows(results / "a_lost.jsonl", good_rows)
+    with_splits = text.replace(
+        "metrics={", "splits={'train': key_data(key)}, metrics={"
+    )
+    with_splits += "\nkey_data = jax.random.key_data\n"
+    (tables / "quadratic.py").write_text(with_splits)
+    status, output, errors = call(capsys, cli.export, results, "splits")
+    assert status == 1
+    assert "a_lost failed: its data cannot be loaded" in errors
+    assert "quadratic-splits" in output
+    assert (results / "export" / "quadratic-splits" / "SHA256SUMS").is_file()
+
+
 def test_a_report_draws_the_figure_of_its_rows(tables, capsys):
     """Not an older figure beside the rows."""
     results = tables / "results"

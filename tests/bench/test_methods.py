@@ -177,3 +177,16 @@ def test_a_baseline_pays_for_the_products_of_its_training():
     assert stats["num_hvps"] == spent["num_hvps"]
     total = spent["num_grads"] + 2 * spent["num_hvps"] + spent["num_values"] / 3
     np.testing.assert_allclose(stats["gradient_equivalents"][0], total, rtol=1e-6)
+
+
+def test_a_search_is_tuned_by_its_best_trial_unless_a_metric_is_named():
+    """The last point of the grid is the worst one."""
+    inner = lambda w, alpha, batch: (w - alpha) ** 2
+    outer = lambda w, alpha, batch: (w + 2.0) ** 2
+    trace = hg.search(
+        hg.Bilevel(inner, outer), hg.Newton(), hg.searchers.Grid(5), 0.0,
+        space=hg.spaces.Interval(-2.0, 2.0), budget=500,
+    )  # fmt: skip
+    assert np.max(trace.value) == trace.value[-1] == 16
+    table = Table(task=None, methods={}, metrics=("x",), budget=500)
+    assert table.selection_scores(TASK, trace, trace.w, jax.random.key(0)) == [0.0]

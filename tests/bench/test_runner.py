@@ -24,6 +24,7 @@ from hypergrad.bench import (
     select,
     with_options,
 )
+from hypergrad.bench.check import mixed_fields
 from hypergrad.bench.methods import MethodError, check_method
 from hypergrad.bench.report import TableResult, to_markdown
 from hypergrad.bench.rows import read_rows
@@ -125,6 +126,15 @@ def test_rows_of_another_budget_are_refused(run):
     run(only=("nothing",))
     with pytest.raises(ValueError, match="another budget"):
         run(budget=30)
+
+
+def test_a_budget_may_be_written_as_an_integer_or_not(run):
+    """The command line makes a float of it, and a table usually has an integer."""
+    run(only=("nothing",))
+    rows = run(budget=60.0).rows
+    assert {str(row["budget"]) for row in rows} == {"60", "60.0"}
+    assert mixed_fields(rows) == []
+    assert len(mixed_fields([*rows, rows[0] | {"budget": 30}])) == 1
 
 
 def test_rows_of_other_data_are_refused(run, monkeypatch):
