@@ -20,6 +20,9 @@ COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
 #: Operations on floats whose derivative is zero wherever it exists.
 PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
 
+#: Operations that add two terms.
+SUMS = {"add", "add_any", "sub"}
+
 #: Operations that only move or convert a value, so that a maximum stays one.
 LAYOUT = {
     "broadcast_in_dim", "convert_element_type", "copy", "max", "reshape", "select_n",
@@ -44,7 +47,10 @@ CONSTANTS = {"without_derivative", "gammasgn"}
 
 #: Functions of JAX by the names of their jaxprs. Each is continuous, and made of pieces
 #: with complete derivatives that a rounding, a comparison or an index chooses.
-PIECEWISE_SMOOTH = {"_interp", "_map_coordinates", "expm", "sinc"}
+PIECEWISE_SMOOTH = {
+    "_interp", "_map_coordinates", "expm", "sinc", "quantile", "percentile",
+    "nanquantile", "nanpercentile", "_truncated_normal",
+}  # fmt: skip
 
 
 def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:

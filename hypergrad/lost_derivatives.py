@@ -34,6 +34,7 @@ from .jaxpr import (
     MAXIMA,
     PIECEWISE_CONSTANT,
     PIECEWISE_SMOOTH,
+    SUMS,
     WITH_INTEGERS,
     inner_jaxprs,
     is_of_jax,
@@ -230,6 +231,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         branches = [_trace_jaxpr(b.jaxpr, operands[1:]) for b in params["branches"]]
         results = map(_merge, zip(*branches, strict=True))
         return [result.selected_by(operands[0]) for result in results]
+    if name == "optimization_barrier":
+        return operands
     if is_operand_of_branch(equation, [x.number for x in operands]):
         return [operands[-1]]
     if name == "custom_linear_solve":
@@ -243,6 +246,9 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     if name == "linear_solve":
         # Lineax stops the state of its solver, of which its rule needs no derivative.
         operands = list(map(_without_stops_of_lineax, operands))
+    checkpointed = getattr(params.get("_prim"), "jaxpr", None)  # with jax_remat3
+    if checkpointed is not None:
+        return _trace_jaxpr(getattr(checkpointed, "jaxpr", checkpointed), operands)
     if params.get("name") in CONSTANTS:
         return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
@@ -344,6 +350,11 @@ def _trace_operation(
             else:
                 shift = rule
         total = _merge([x._replace(shift=NO_SHIFT) for x in floats])
+        if name in SUMS and result.size == 1 and total.leaves:
+            # A term of a loss that is made of an order alone, such as a metric.
+            choices = [x.selectors for x in floats if not x.leaves]
+            orders = {x for x in itertools.chain(*choices) if x.operation == "sort"}
+            total = total._replace(lost=total.lost | orders)
         choice = _merge(selectors)
         total = total._replace(shift=shift).selected_by(choice)
         if name in WITH_INTEGERS:
@@ -362,10 +373,10 @@ def _trace_operation(
             return total._replace(leaves=frozenset(), is_maximum=True, shift=shift)
         if name not in PIECEWISE_CONSTANT:
             return total._replace(is_maximum=is_maximum)
-    elif name == "is_finite" or (
+    elif name in ("is_finite", "lu") or (
         name in ("eq", "ne") and equation.invars[0] is equation.invars[1]
     ):
-        return NONE  # a test for NaN, which is constant where a derivative exists
+        return NONE  # a test for NaN or a pivot, constant where a derivative exists
     else:
         total = _merge([x.with_stopped() for x in operands])
     return _lose(equation, total)
@@ -374,5 +385,7 @@ def _trace_operation(
 def _lose(equation: Any, dependence: Dependence) -> Dependence:
     """Returns the dependence of a result that has no derivative by the operands."""
     name, location = equation.primitive.name, summarize(equation.source_info)
+    if name == "call_hi_primitive":
+        name = type(equation.params["_prim"]).__name__.lower()
     lost = {LostDerivative(leaf, name, location) for leaf in dependence.leaves}
     return dependence._replace(leaves=frozenset(), lost=dependence.lost | lost)

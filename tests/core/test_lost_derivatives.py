@@ -584,6 +584,62 @@ def test_nothing_is_left_of_a_derivative_that_is_zero(f):
     assert not np.any(jax.grad(f)(X))
 
 
+def test_a_metric_of_an_order_is_lost_beside_a_smooth_term():
+    """Its derivative is zero, and that of the sum is the one of the penalty."""
+    labels, discounts = jnp.array([3.0, 0.0, 1.0]), jnp.array([1.0, 0.6, 0.5])
+
+    def metric(x):
+        return jnp.sum(labels[jnp.argsort(x[0])] * discounts) + jnp.sum(x**2)
+
+    leaves, lost = find_lost_derivatives(metric, X)
+    assert leaves == {0}
+    assert {x.operation for x in lost} == {"sort"}
+    # Sorted scores times constants in their order are complete.
+    product = lambda x: jnp.sort(x[0]) @ labels[jnp.argsort(x[0])] + jnp.sum(x**2)
+    assert find_lost_derivatives(product, X) == ({0}, frozenset())
+
+
+MATRIX, SAMPLE = 2 * jnp.eye(3) + 0.1, jnp.array([0.3, 2.0, 0.9, 1.7])
+
+
+@pytest.mark.parametrize(
+    ("f", "x"),
+    [
+        (
+            lambda x: jax.scipy.linalg.lu_solve(
+                jax.scipy.linalg.lu_factor(MATRIX * x), jnp.arange(3.0)
+            ).sum(),
+            1.5,
+        ),
+        (lambda x: jnp.quantile(SAMPLE, x), 0.4),
+        (lambda x: jnp.percentile(SAMPLE, x), 40.0),
+        (
+            lambda x: jax.random.truncated_normal(jax.random.key(0), x, 2.0, (5,))[0],
+            -1.0,
+        ),
+        (
+            lambda x: jnp.sum(
+                jnp.prod(jnp.stack(lax.optimization_barrier((x, jnp.ones(()) * 2))))
+            ),
+            1.5,
+        ),
+    ],
+    ids=["pivots", "quantile", "percentile", "truncated normal", "barrier"],
+)
+def test_a_level_a_bound_or_a_pivot_loses_nothing(f, x):
+    assert find_lost_derivatives(f, x) == ({0}, frozenset())
+    difference = (f(x + 1e-4) - f(x - 1e-4)) / 2e-4
+    np.testing.assert_allclose(jax.grad(f)(x), difference, rtol=1e-4)
+
+
+def test_an_index_beside_a_number_at_a_barrier_loses_nothing():
+    def f(x):
+        x, index = lax.optimization_barrier((x, jnp.array([2, 0, 1])))
+        return jnp.sum(jnp.arange(3.0)[index] * x)
+
+    assert find_lost_derivatives(f, X[0]) == ({0}, frozenset())
+
+
 def test_a_count_on_a_batch_is_lost():
     """The weights of the examples are constants, though the loss takes them."""
     outer = lambda w, alpha, batch: (
