@@ -218,7 +218,7 @@ def _check_integers_fit(name: str, leaf: Any, dtype: np.dtype) -> None:
     if leaf_dtype.kind not in "iu" or leaf_dtype.itemsize <= dtype.itemsize:
         return
     limits, numbers = jnp.iinfo(dtype), np.asarray(leaf)
-    for number in (numbers.min(), numbers.max()):
+    for number in (numbers.min(), numbers.max()) if numbers.size else ():
         if not limits.min <= number <= limits.max:
             raise ValueError(
                 f"{name} holds {number}, which {dtype} cannot hold. Renumber such "

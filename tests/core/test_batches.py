@@ -453,5 +453,7 @@ def test_shared_arrays_may_be_empty_and_are_named_in_errors():
     edges = jnp.zeros((0, 2), int)
     batch = hg.Batches(jnp.arange(6.0), 2, shared=edges).full_batch()
     assert batch[1].shape == (0, 2)
+    with enable_x64(False):
+        hg.Batches(jnp.arange(6.0), 2, shared=np.zeros((0, 2), np.int64))
     with pytest.raises(TypeError, match="shared leaf"):
         hg.Batches(jnp.arange(6.0), 2, shared={"edges": "abc"})
