@@ -29,6 +29,7 @@ from .keys_in_w import bind_keys, restore_keys
 from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
 from .lost_derivative_checks import lost_derivative_flags
+from .minimum_checks import is_cancelled
 from .newton_correction import (
     CorrectionChecks,
     check_correction,
@@ -67,9 +68,8 @@ CERTIFY_ADVICE = (
 )
 SOLVE_RTOL = 1e-6  # of the solves of a certificate, each relative to its own side
 NUM_NEWTON_STEPS = 2
-#: Largest last change, as a fraction of ``rtol``. If each step changes the
-#: hypergradient by 0.9 of the change before, all steps from the last one on change it
-#: by ten times the last change.
+#: Largest last change, as a fraction of ``rtol``. If each step makes 0.9 of the change
+#: before, all steps from the last one on make ten times the last change.
 LAST_CHANGE_RATIO = 0.1
 MIN_PROBE_STEPS = 20  # of the CG that searches for negative curvature
 #: Seed of the probes of the scaling. Estimates count theirs from zero, so that a
@@ -101,8 +101,8 @@ CERTIFICATE_REASONS = {
         "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
     "rounding_error": (
-        "the numbers of w do not resolve dM/dw, which changes by more than rtol within "
-        "the rounding of w (use float64, or center the data)"
+        "rounding of w changes dM/dw by more than rtol, or the parts of the "
+        "hypergradient cancel up to rounding (use float64, or center the data)"
     ),
     "lost_derivative": (
         "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
@@ -122,9 +122,9 @@ class Certificate(ResultModule):
         one), its solves reached their tolerances, the steps did not increase
         ``||S dL/dw||``, everything is finite, neither these solves nor the random probe
         met negative curvature, the rounding of ``w`` changes ``dM/dw`` by at most
-        ``rtol``, and no derivative is lost on the way to a loss. A Newton step from a
-        gradient at the level of rounding need not be solved, and one to a gradient at
-        this level may increase it.
+        ``rtol``, the two parts of ``h`` do not cancel up to rounding, and no derivative
+        is lost on the way to a loss. A Newton step from a gradient at the level of
+        rounding need not be solved, and one to such a gradient may increase it.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -361,7 +361,8 @@ def compute_certificate(
     flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
-    flags["rounding_error"] = is_finite & ~(rounding <= rtol)
+    cancels = jnp.any(problem.for_each_loss(is_cancelled)(corrected, result.cross))
+    flags["rounding_error"] = is_finite & (~(rounding <= rtol) | cancels)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,

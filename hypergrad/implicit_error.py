@@ -28,6 +28,7 @@ from .linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
 from .minimum_checks import (
     curvature_vanishes,
     gradient_rounding,
+    is_cancelled,
     scales_of_rounding,
     within_rounding,
 )
@@ -103,7 +104,7 @@ class HypergradientError(NamedTuple):
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
-      ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`.
+      ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`, or `is_cancelled`.
     """
 
     correction: Scalar
@@ -401,7 +402,7 @@ def _relative_errors(
         adjoint_change=jnp.where(has_change, adjoint_change, 0.0),
         adjoint_residual=norm_ratio(residual, scaled_b),
         negative_curvature=terms.is_negative,
-        ill_conditioned=terms.is_ill_conditioned,
+        ill_conditioned=terms.is_ill_conditioned | is_cancelled(result.h, result.cross),
     )
 
 

@@ -17,6 +17,8 @@ from .trees import (
     cast_like,
     divide,
     hash_normal,
+    max_machine_eps,
+    norm,
     norm_ratio,
     power_of_two_scale,
     safe_norm,
@@ -26,6 +28,7 @@ from .trees import (
 
 NUM_SCALE_PROBES = 8
 ROUNDING_SEED = 7  # of the signs of `within_rounding`
+MAX_ROUNDING_OF_H = 1e-2
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
 
@@ -149,6 +152,21 @@ def gradient_rounding(grad_scale: PyTree, root: Array, scaling: Scaling) -> Arra
     scaled = scaling.multiply(jax.tree.map(lambda q: tol(q) * q, grad_scale))
     rounding = safe_norm(scaled) + tol(root) * root
     return jnp.where(jnp.isfinite(rounding), rounding, 0.0)
+
+
+def is_cancelled(h: PyTree, cross: PyTree) -> Array:
+    """Returns whether the parts of ``h = dM/dalpha - J'v`` cancel up to rounding.
+
+    It is so if their rounding errors, ``4 eps |J'v|``, may exceed 1% of ``|h|``, where
+    ``|J'v|`` is at least twice ``|h|``.
+
+    Args:
+      h: The hypergradient of one outer loss.
+      cross: ``J'v``.
+    """
+    max_ratio = max(2.0, MAX_ROUNDING_OF_H / (4 * max_machine_eps(h)))
+    unit = power_of_two_scale(cross)
+    return norm(divide(cross, unit)) > max_ratio * norm(divide(h, unit))
 
 
 def curvature_vanishes(

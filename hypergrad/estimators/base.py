@@ -61,8 +61,9 @@ REASONS = {
         "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
     "ill_conditioned": (
-        "the inner Hessian is so ill-conditioned that rounding errors determine the "
-        "adjoint (use float64, center the data, or add a penalty on w)"
+        "rounding errors determine the adjoint, because the inner Hessian is "
+        "ill-conditioned, or the hypergradient, because its parts cancel (use float64, "
+        "center the data, or add a penalty on w)"
     ),
     "certificate": "the certificate does not confirm the estimate",
     "other_curvature": (

@@ -372,3 +372,82 @@ def test_targets_far_from_zero_in_float32_are_not_trusted(certify):
 
     assert estimate(0.0).trusted
     assert not estimate(1e6).trusted
+
+
+def test_parts_that_cancel_up_to_rounding_are_not_trusted():
+    """``h`` is 0.0063, and a unit in the last place of its parts 0.002."""
+    c = jnp.array([16384.0, *[9e-4] * 7], jnp.float32)
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum(w**2) - alpha * jnp.vdot(c, w)
+    problem = lambda c0: hg.Bilevel(
+        inner, lambda w, alpha, batch: jnp.sum(w) - jnp.float32(c0) * alpha
+    )
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.0), 1))
+    w, alpha = jnp.zeros(8, jnp.float32), jnp.float32(0)
+    for c0, is_trusted in ((16384.0, False), (1024.0, True)):
+        estimate = hg.hypergradient(problem(c0), estimator)(w, alpha)
+        assert estimate.trusted == is_trusted
+        assert hg.certify(problem(c0), w, alpha, estimate).trusted == is_trusted
+    assert estimate.flags.keys() >= {"ill_conditioned"}
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_a_minimum_exactly_on_a_kink_is_missed(slope):
+    """The median of three numbers moves with the middle one, and no gradient says so.
+
+    That of `maximum` is the mean of both sides. Without a kink the estimate is right.
+    """
+    inner = lambda w, alpha, batch: (
+        slope * jnp.sum(jnp.maximum(w - alpha, alpha - w))
+        + 0.5 * jnp.sum((w - alpha) ** 2)
+    )
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: w)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.1), 100))
+    alpha = jnp.array([-1.0, 0.0, 1.0])
+    estimate = hg.hypergradient(problem, estimator)(0.0, alpha)
+    np.testing.assert_allclose(estimate.hypergradient, np.full(3, 1 / 3), rtol=1e-6)
+    assert estimate.trusted
+    assert hg.certify(problem, 0.0, alpha).trusted
+    exact = [0.0, 1.0, 0.0] if slope else [1 / 3] * 3
+    differences = []
+    for i in range(3):
+        near = alpha.at[i].add(1e-3)
+        w = np.linspace(-2e-3, 2e-3, 4001)
+        losses = jax.vmap(lambda w, near=near: inner(w, near, None))(w)
+        differences.append(w[np.argmin(losses)] / 1e-3)
+    np.testing.assert_allclose(differences, exact, atol=2e-2)
+
+
+def test_a_newton_step_that_goes_back_and_forth_is_missed():
+    """From a distance near 1 the step leads to the other side, at the same distance.
+
+    The outer gradient is even in this distance; the derivative at the argmin is 1.
+    """
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sqrt(1 + (w - alpha) ** 2),
+        lambda w, alpha, batch: w + (w - 1.0) ** 3 / 3,
+    )
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.0), 1))
+    for w, trusts, certifies in ((1e-4, True, True), (1e-3, True, False)):
+        estimate = hg.hypergradient(problem, estimator)(w, 1.0)
+        assert estimate.hypergradient > 1.9
+        assert estimate.trusted == trusts
+        assert hg.certify(problem, w, 1.0).trusted == certifies
+    assert not hg.hypergradient(problem, estimator)(2e-3, 1.0).trusted
+
+
+def test_little_negative_curvature_at_a_saddle_is_missed_without_a_certificate():
+    """It is -1 where the solve meets it, and -1/4 at the saddle point."""
+
+    def inner(w, alpha, batch):
+        x, y = w[0] - alpha, w[1]
+        return 0.5 * x**2 + 0.5 * (x - alpha / 4) * y**2 + 0.25 * y**4
+
+    outer = lambda w, alpha, batch: w[0] + 1e-7 * w[1] + 5 * w[1] ** 2
+    problem, w = hg.Bilevel(inner, outer), jnp.array([0.225, 0.0])
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.0), 1))
+    estimate = hg.hypergradient(problem, estimator)(w, 1.0)
+    saddle = jnp.array([1.0, 0.0])
+    curvatures = jnp.linalg.eigvalsh(jax.hessian(inner)(saddle, 1.0, None))
+    np.testing.assert_allclose(curvatures, [-0.25, 1.0])
+    assert estimate.trusted
+    assert hg.certify(problem, w, 1.0, estimate).flags["negative_curvature"]
