@@ -187,9 +187,11 @@ def safe_divide(
     # The divisor is replaced before the division, so that no derivative is NaN.
     is_zero = denominator <= 0
     divisor = jnp.where(is_zero, 1, jnp.maximum(denominator, min_denominator))
-    # The derivative contains the square of the divisor, which may leave the range.
+    # The derivative contains the square of the divisor, which may leave the range, and
+    # XLA writes (a / u) / (b / u) as a u / (b u). Factors stay where they are.
     unit = power_of_two_below(without_derivative(divisor))
-    return jnp.where(is_zero, 0, numerator / unit) / (divisor / unit)
+    factor = 1 / jnp.minimum(unit, 1 / jnp.finfo(unit.dtype).tiny)
+    return jnp.where(is_zero, 0, numerator * factor) / (divisor * factor)
 
 
 def negligible_weight(weights: Array) -> Scalar:

@@ -503,8 +503,8 @@ def test_soft_ranks_are_hard_up_to_the_gap_over_the_largest_weight():
         value, gradient = jax.value_and_grad(smooth)(scores, 1 / 1.9)
         exact = surrogate.exact(scores, targets, weights=weights)
         np.testing.assert_allclose(value, exact, rtol=1e-6)
-        assert not np.any(gradient)
-        assert np.any(jax.grad(smooth)(scores, 0.99))
+        assert np.max(np.abs(gradient)) < 1e-12
+        assert np.max(np.abs(jax.grad(smooth)(scores, 0.99))) > 1e-3
 
 
 @pytest.mark.parametrize(
