@@ -316,8 +316,7 @@ def compute_certificate(
 ) -> Certificate:
     """Returns the certificate of `certify`, inside a compiled program.
 
-    ``data`` is that of the hypergradient. The first adjoint solve starts from
-    ``adjoint``, or from zero; ``init_s`` is of a similar Hessian, see `equilibrate`.
+    The first solve starts from ``adjoint``, or zero; ``init_s`` is as in `equilibrate`.
     """
     batch, outer_batch = data.inner_batch(), data.outer_batch()
     loss = problem.inner_loss
