@@ -112,9 +112,8 @@ What falls short: A run is judged by T steps from the start. Warm starts, the si
 loop and sharing never train so: their `w` is that of all steps so far, and where T ends
 a training early, as on *federated* and *semi_supervised*, the best `alpha` after more
 steps is another one. `Implicit` takes `w` for stationary, which after T steps it is
-not. Its error is not estimated: in the first run no estimate from a new start was
-trusted on any task but *unsupervised*, and the products of an error estimate would
-count. `Unrolled` has another target, the run that it differentiates, which for a warm
+not. Its error is not estimated: until commit 3eb8dd4 it was, no estimate from a new
+start was trusted on any task but *unsupervised*, and its products counted. `Unrolled` has another target, the run that it differentiates, which for a warm
 row is the short one from the last `w`. Who is first is told by means of five seeds
 without an interval, and what a search needs is luck in part.
 

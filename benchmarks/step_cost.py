@@ -88,7 +88,6 @@ def peer_run(
     """Returns the same function with the solver of the checkout."""
     solver = make_solver(method, step_size=rate)
     solver.set_objective(*problem.sliced(), *problem.sizes, problem.w, problem.alpha)
-
     initial_carry = solver.init()
 
     def run():

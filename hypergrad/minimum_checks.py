@@ -157,8 +157,8 @@ def gradient_rounding(grad_scale: PyTree, root: Array, scaling: Scaling) -> Arra
 def is_cancelled(h: PyTree, cross: PyTree) -> Array:
     """Returns whether the parts of ``h = dM/dalpha - J'v`` cancel up to rounding.
 
-    It is so if their rounding errors, ``4 eps |J'v|``, may exceed 1% of ``|h|``, where
-    ``|J'v|`` is at least twice ``|h|``.
+    It is so if their rounding errors, ``4 eps |J'v|``, may exceed 1% of ``|h|``, and
+    ``|J'v|`` exceeds ``2 |h|``.
 
     Args:
       h: The hypergradient of one outer loss.

@@ -10,11 +10,10 @@ equation 4):
 
 averaged with the same term for exchanged a and b. The factor tau (Chen et al. 2021,
 arXiv 2104.02057, algorithm 1) prevents steps that grow as 1 / tau for low temperatures.
-Batches are drawn with replacement, so that one of seven anchors meets another view of
-its own image among the negatives.
 A view is a random crop with a random shift and noise: pixel i of the output shows the
 position ``c + (i - c)(1 - crop u) + shift v``, where c is the center, u is uniform in
-[0, 1] and v in [-1, 1]; then ``noise e`` is added, with normal e.
+[0, 1] and v in [-1, 1]; then ``noise e`` is added, with normal e. A batch is drawn with
+replacement, so that views of one image may be negatives of each other.
 
 The probe is ridge regression in closed form on the features f of a few labeled
 examples. The outer loss is its squared error on validation examples:

@@ -206,8 +206,8 @@ def test_splits_of_other_tables_are_written_if_the_data_of_one_are_absent(
 ):
     results = tables / "results"
     text = (tables / "quadratic.py").read_text()
-    lost = text.replace("    goal =", "    open('/no/such/data')\n    goal =")
-    (tables / "a_lost.py").write_text(lost)
+    without_data = text.replace("    goal =", "    open('/no/such/data')\n    goal =")
+    (tables / "a_lost.py").write_text(without_data)
     write_rows(results / "a_lost.jsonl", good_rows)
     with_splits = text.replace(
         "metrics={", "splits={'train': key_data(key)}, metrics={"

@@ -172,10 +172,14 @@ def test_a_baseline_pays_for_the_products_of_its_training():
     )  # fmt: skip
     key = jax.random.key(0)
     stats = baselines.no_hyperparameters(task, budget=1000, key=key).stats
-    _, spent = task.solver.solve(inner, w, alpha, data, key)
-    assert spent["num_hvps"] > spent["num_grads"]
-    assert stats["num_hvps"] == spent["num_hvps"]
-    total = spent["num_grads"] + 2 * spent["num_hvps"] + spent["num_values"] / 3
+    _, solver_stats = task.solver.solve(inner, w, alpha, data, key)
+    assert solver_stats["num_hvps"] > solver_stats["num_grads"]
+    assert stats["num_hvps"] == solver_stats["num_hvps"]
+    total = (
+        solver_stats["num_grads"]
+        + 2 * solver_stats["num_hvps"]
+        + solver_stats["num_values"] / 3
+    )
     np.testing.assert_allclose(stats["gradient_equivalents"][0], total, rtol=1e-6)
 
 
