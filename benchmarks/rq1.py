@@ -113,9 +113,10 @@ loop and sharing never train so: their `w` is that of all steps so far, and wher
 a training early, as on *federated* and *semi_supervised*, the best `alpha` after more
 steps is another one. `Implicit` takes `w` for stationary, which after T steps it is
 not. Its error is not estimated: until commit 3eb8dd4 it was, no estimate from a new
-start was trusted on any task but *unsupervised*, and its products counted. `Unrolled` has another target, the run that it differentiates, which for a warm
-row is the short one from the last `w`. Who is first is told by means of five seeds
-without an interval, and what a search needs is luck in part.
+start was trusted on any task but *unsupervised*, and its products counted. `Unrolled`
+has another target, the run that it differentiates, which for a warm row is the short
+one from the last `w`. Who is first is told by means of five seeds without an interval,
+and what a search needs is luck in part.
 
 Intervals: The targets and costs are those of the outer loss. No test split is read, so
 that the correction for re-splits of one data set (Nadeau and Bengio 2003) does not
