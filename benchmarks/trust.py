@@ -66,7 +66,7 @@ import hypergrad as hg
 from hypergrad.bench import Cell, Check, Finding, MeasurementTable, Row, select
 from hypergrad.runtime import compat
 from hypergrad.testing import TrustCounts, UnitCounts, trust_counts, unit_counts
-from hypergrad.trust_problems import FAMILIES
+from hypergrad.testing.trust_problems import FAMILIES
 
 NUM_PROBLEMS = 100
 DTYPES = "float64", "float32"

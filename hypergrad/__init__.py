@@ -93,8 +93,8 @@ from .minimize import OuterLoop, minimize
 from .problem import Bilevel
 from .profile import Profile, profile
 from .search import search
-from .search_trial import Parallel
 from .trace import Trace
+from .trials.trial import Parallel
 
 if TYPE_CHECKING:
     from . import tasks

@@ -14,16 +14,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from .batches import Batches
+from .checks.lost_derivatives import check_no_lost_derivative
+from .checks.problem import check_scalar_loss
+from .checks.shard_map import check_same_on_devices
+from .implicit.minimum import gradient_scale, is_stationary
 from .inner.base import InnerSolver
 from .keys_in_w import bind_keys_to_function, keys_of, remove_keys, restore_keys
 from .linear import MINRES
 from .linear.base import MatVec, check_linear_solver, solve_linear
 from .linear.equilibration import equilibrate
-from .lost_derivative_checks import check_no_lost_derivative
-from .minimum_checks import gradient_scale, is_stationary
-from .problem_checks import check_scalar_loss
 from .products import Loss, convert_closure, cross_jvp, hvp
-from .shard_map_checks import check_same_on_devices
 from .trees import apply_unless, hash_normal, max_machine_eps, safe_norm, scale
 from .validation import (
     as_input_arrays,

@@ -10,10 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from .checks.lost_derivatives import lost_derivative_flags
+from .checks.problem import (
+    check_alpha_has_gradient,
+    check_on_shapes,
+    check_problem,
+    check_problem_type,
+    check_sample_is_known,
+)
+from .checks.shard_map import check_problem_on_devices
 from .cost import cost_stats
-from .curvature_probe import probe_curvature
-from .display import ResultModule, Row, certificate_rows, sentences_of_flags
-from .implicit_diff import (
+from .display.tables import ResultModule, Row, certificate_rows, sentences_of_flags
+from .implicit.curvature_probe import probe_curvature
+from .implicit.differentiation import (
     ImplicitResult,
     all_solved,
     any_negative_curvature,
@@ -25,27 +34,18 @@ from .implicit_diff import (
     newton_step,
     zero_adjoint,
 )
-from .keys_in_w import bind_keys, restore_keys
-from .linear.base import LinearStats
-from .linear.equilibration import equilibrate
-from .lost_derivative_checks import lost_derivative_flags
-from .minimum_checks import is_cancelled
-from .newton_correction import (
+from .implicit.minimum import is_cancelled
+from .implicit.newton_correction import (
     CorrectionChecks,
     check_correction,
     correct_by_newton,
     outer_gradient_rounding,
 )
+from .keys_in_w import bind_keys, restore_keys
+from .linear.base import LinearStats
+from .linear.equilibration import equilibrate
 from .problem import Bilevel, EstimateData
-from .problem_checks import (
-    check_alpha_has_gradient,
-    check_on_shapes,
-    check_problem,
-    check_problem_type,
-    check_sample_is_known,
-)
 from .products import hvp
-from .shard_map_checks import check_problem_on_devices
 from .trees import all_finite, safe_norm
 from .validation import (
     as_input_arrays,

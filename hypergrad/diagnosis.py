@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .batches import Batches, at_draw, sample_batch
+from .checks.lost_derivatives import describe_lost_derivatives
+from .checks.problem import check_problem_type
 from .estimators.base import Estimate, Estimator, keys_of_samples
 from .hypergradient import hypergradient
 from .keys_in_w import bind_keys, remove_keys
-from .lost_derivative_checks import describe_lost_derivatives
 from .problem import Bilevel, EstimateData
-from .problem_checks import check_problem_type
 from .products import Loss
 from .trees import is_key, safe_norm
 from .validation import as_input_arrays, as_key, check_estimator_type, is_traced

@@ -34,6 +34,7 @@ from .batches import (
     sample_fixed_batch,
     sample_in_pass,
 )
+from .checks.problem import check_alpha_has_gradient, check_problem
 from .cost import cost_stats
 from .estimators.base import STATS, Estimate, Estimator, make_estimate
 from .estimators.single_loop import (
@@ -49,7 +50,6 @@ from .linear.base import SymmetricSolver
 from .method_summary import MethodSummary
 from .objectives.base import Aggregator
 from .problem import EstimateData
-from .problem_checks import check_alpha_has_gradient, check_problem
 from .products import (
     cross_jvp,
     cross_vjp,

@@ -10,6 +10,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, PyTree
 
+from .checks.problem import check_init, check_problem_type
+from .checks.shard_map import check_problem_on_devices
 from .estimators.base import (
     Estimate,
     Estimator,
@@ -18,8 +20,6 @@ from .estimators.base import (
 )
 from .keys_in_w import bind_keys, restore_keys
 from .problem import Bilevel
-from .problem_checks import check_init, check_problem_type
-from .shard_map_checks import check_problem_on_devices
 from .validation import (
     as_input_arrays,
     as_key,

@@ -7,17 +7,24 @@ import equinox as eqx
 import optax
 from jaxtyping import Array, PyTree
 
-from . import outer_step, spaces
+from . import spaces
 from .certificate import check_certifiable
 from .checkpoint import Checkpoints
-from .estimators.base import Estimator, get_target
-from .inner.descent import LINE_SEARCH_STATES, contains_state
-from .keys_in_w import bind_keys
-from .lost_derivative_checks import (
+from .checks.lost_derivatives import (
     check_losses_for_certificates,
     describe_flagged_losses,
 )
-from .outer_checks import (
+from .checks.problem import (
+    can_be_trusted,
+    check_init,
+    check_on_shapes,
+    check_problem_type,
+)
+from .checks.shard_map import check_problem_on_devices
+from .estimators.base import Estimator, get_target
+from .inner.descent import LINE_SEARCH_STATES, contains_state
+from .keys_in_w import bind_keys
+from .outer_loop.checks import (
     OnUntrusted,
     check_aggregator,
     check_on_untrusted,
@@ -26,18 +33,11 @@ from .outer_checks import (
     check_run_options,
     check_state_fits,
 )
-from .outer_run import run_steps
-from .outer_step import OuterState, StepRecord
+from .outer_loop.run import run_steps
+from .outer_loop.step import OuterState, StepRecord, init_state, jitted_step
 from .problem import Bilevel
-from .problem_checks import (
-    can_be_trusted,
-    check_init,
-    check_on_shapes,
-    check_problem_type,
-)
 from .progress import Progress
 from .recording import Metric, check_metrics
-from .shard_map_checks import check_problem_on_devices
 from .trace import Trace
 from .validation import (
     as_input_arrays,
@@ -267,7 +267,7 @@ class OuterLoop(eqx.Module):
         self._check_inputs(w, alpha)
         key = as_key(key)
         check_problem_on_devices(*bind_keys(self.problem, w), alpha, key)
-        return outer_step.init_state(self, w, alpha, key)
+        return init_state(self, w, alpha, key)
 
     def step(self, state: OuterState) -> tuple[OuterState, StepRecord]:
         """Makes one step; pure, and usable inside ``jit``, ``scan`` and ``vmap``.
@@ -280,7 +280,7 @@ class OuterLoop(eqx.Module):
           a step, the step failed and the state contains the last good ``alpha`` and
           ``w``, which later steps do not change.
         """
-        return outer_step.jitted_step(self, state)
+        return jitted_step(self, state)
 
     def alpha(self, state: OuterState) -> PyTree:
         """Returns the ``alpha`` of a state."""

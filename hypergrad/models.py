@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .checks.problem import check_problem_type
 from .problem import Bilevel
-from .problem_checks import check_problem_type
 from .runtime import atomic_io
 from .runtime.array_folder import (
     array_name,

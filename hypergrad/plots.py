@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .display import to_wide
-from .trace_display import count_rows_made
+from .display.tables import to_wide
+from .display.trace import count_rows_made
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -259,7 +259,7 @@ def make_figure(num_panels: int) -> tuple["Figure", list["Axes"]]:
       ImportError: Matplotlib is not installed.
     """
     try:
-        from .notebook_figure import NotebookFigure
+        from .display.notebook_figure import NotebookFigure
     except ImportError as error:
         raise ImportError(
             "plots need matplotlib: pip install 'hypergrad-jax[display]'"

@@ -22,8 +22,8 @@ from .batches import (
     sample_fixed_batch,
     to_data,
 )
-from .display import describe_leaves
-from .jaxpr import constant_bytes
+from .display.tables import describe_leaves
+from .jaxprs.inspection import constant_bytes
 from .keys_in_w import bind_keys_to_function, remove_keys
 from .passes import PassPosition
 from .products import Loss

@@ -12,12 +12,12 @@ import jax
 from jax.lax import fori_loop
 from jaxtyping import Array, PyTree
 
+from .checks.problem import check_problem_type
 from .cost import CompiledProgram, compile_program
-from .display import Row, render_html, render_text
+from .display.tables import Row, render_html, render_text
 from .estimators.base import Estimate, Estimator, normalize_estimate
 from .keys_in_w import bind_keys
 from .problem import Bilevel, EstimateData
-from .problem_checks import check_problem_type
 from .validation import (
     as_input_arrays,
     as_key,

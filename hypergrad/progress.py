@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .display import format_numbers
+from .display.tables import format_numbers
 from .runtime.progress_bar import progress_bar
 
 #: ``(num_done, value)``, or True for a bar; False and None stand for neither.

@@ -28,16 +28,12 @@ import jax
 from jaxtyping import Array, PyTree
 
 from . import spaces
+from .checks.problem import check_alpha_is_used, check_problem, check_problem_type
 from .inner.base import InnerSolver
 from .keys_in_w import bind_keys
 from .problem import Bilevel
-from .problem_checks import check_alpha_is_used, check_problem, check_problem_type
 from .progress import Progress, check_progress, open_progress
 from .recording import Metric, check_metrics
-from .search_records import check_previous_trials
-from .search_rounds import search_rounds
-from .search_run import TrialCallback, search_trials
-from .search_trial import Parallel, TrialSetup, run_trial
 from .searchers import Searcher
 from .searchers.populations import (
     PopulationSearcher,
@@ -46,6 +42,10 @@ from .searchers.populations import (
     make_trainer,
 )
 from .trace import Trace
+from .trials.records import check_previous_trials
+from .trials.rounds import search_rounds
+from .trials.run import TrialCallback, search_trials
+from .trials.trial import Parallel, TrialSetup, run_trial
 from .validation import (
     as_input_arrays,
     as_key,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from .display import ResultModule, Row, render_text
+from .display.tables import ResultModule, Row, render_text
+from .display.trace import count_rows_made, is_evaluated, trace_rows
 from .estimators.base import REASONS
 from .plots import plot_trace
-from .trace_display import count_rows_made, is_evaluated, trace_rows
 from .trees import PrettyModule
 
 if TYPE_CHECKING:

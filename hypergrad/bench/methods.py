@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from ..search_trial import fits_budget
 from ..tasks.task import Task
 from ..trace import (
     BAD_HYPERGRADIENT,
@@ -24,6 +23,7 @@ from ..trace import (
     STATUS_MESSAGES,
     Trace,
 )
+from ..trials.trial import fits_budget
 from . import timing
 from .rows import Row, not_serializable
 

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import PyTree, Scalar
 
 from ..batches import at_draw
-from ..implicit_diff import (
+from ..implicit.differentiation import (
     EMPTY_LINEAR_STATS,
     merge_linear_stats,
     safeguarded_newton_steps,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..cost import COST_STATS
-from ..display import (
+from ..display.tables import (
     ResultModule,
     Row,
     estimate_rows,

@@ -9,12 +9,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..batches import at_draw, fixed_batch_fraction
+from ..checks.problem import check_problem
 from ..cost import cost_stats
 from ..cost.counts import count_batch
 from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_fraction
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_problem
 from ..trees import widen
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate

@@ -8,12 +8,12 @@ from jaxtyping import Array, PyTree
 
 from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
+from ..checks.lost_derivatives import lost_derivative_flags
+from ..checks.problem import check_alpha_has_gradient, check_problem
 from ..cost import cost_stats
 from ..inner.base import InnerSolver
-from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import add_scale, max_machine_eps, safe_norm
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, PyTree
 
 from ..batches import fixed_batch_fraction, without_sampling
 from ..certificate import NO_GRADIENT_ADVICE, TRUST_RTOL
+from ..checks.lost_derivatives import lost_derivative_flags, lost_in_step_flags
+from ..checks.problem import check_steps_use_alpha
 from ..cost import cost_stats
-from ..implicit_diff import finite_or_zero, zero_adjoint
+from ..implicit.differentiation import finite_or_zero, zero_adjoint
 from ..inner.base import IterativeSolver, grads_per_step, step_fraction
 from ..inner.descent import run_inner_steps
-from ..lost_derivative_checks import lost_derivative_flags, lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_steps_use_alpha
 from ..trees import (
     all_finite,
     max_machine_eps,

@@ -11,11 +11,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from ..checks.lost_derivatives import lost_in_step_flags
+from ..checks.problem import solver_uses_alpha
 from ..inner.base import IterativeSolver, grads_per_step
-from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import solver_uses_alpha
 from ..products import pushforward
 from ..trees import all_finite, vdot
 from ..validation import check_positive_int

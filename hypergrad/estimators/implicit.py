@@ -17,16 +17,16 @@ from ..certificate import (
     TRUST_RTOL,
     compute_certificate,
 )
+from ..checks.lost_derivatives import lost_derivative_flags
+from ..checks.problem import check_alpha_has_gradient, check_problem
 from ..cost import cost_stats
-from ..implicit_diff import HvpFn, zero_adjoint
-from ..implicit_error import zero_duals
+from ..implicit.differentiation import HvpFn, zero_adjoint
+from ..implicit.error import zero_duals
 from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
-from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..trees import safe_norm
 from ..validation import (
     check_hashable,

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import PyTree, Scalar
 
-from ..error_confirmation import confirm_error
-from ..implicit_diff import (
+from ..implicit.confirmation import confirm_error
+from ..implicit.differentiation import (
     ImplicitResult,
     implicit_hypergradient,
     scaled_hypergradient,
 )
-from ..implicit_error import (
+from ..implicit.error import (
     NUM_DIRECTIONS,
     CorrectionTerms,
     correction_targets,

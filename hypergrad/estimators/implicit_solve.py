@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree, Scalar
 
 from ..certificate import TRUST_RTOL
-from ..implicit_diff import (
+from ..implicit.differentiation import (
     EMPTY_LINEAR_STATS,
     damped_hvp_fn,
     finite_or_zero,

@@ -16,18 +16,18 @@ from jaxtyping import Array, Float, PyTree
 
 from ..batches import fixed_batch_fraction
 from ..certificate import compute_certificate
-from ..cost import cost_stats
-from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
-from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
-from ..lost_derivative_checks import lost_derivative_flags, lost_in_init_flags
-from ..problem import Bilevel, EstimateData
-from ..problem_checks import (
+from ..checks.lost_derivatives import lost_derivative_flags, lost_in_init_flags
+from ..checks.problem import (
     check_alpha_has_gradient,
     check_alpha_is_used,
     check_problem,
     init_has_gradient,
     init_uses_alpha,
 )
+from ..cost import cost_stats
+from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
+from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
+from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
 from .base import Estimate, make_estimate

@@ -10,13 +10,13 @@ from jaxtyping import Array, PyTree
 
 from ..batches import fixed_batch_fraction
 from ..certificate import NO_GRADIENT_ADVICE
+from ..checks.lost_derivatives import lost_derivative_flags
+from ..checks.problem import check_alpha_has_gradient, check_problem
 from ..cost import HVP_COST, cost_stats
-from ..implicit_diff import zero_adjoint
+from ..implicit.differentiation import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
-from ..lost_derivative_checks import lost_derivative_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_alpha_has_gradient, check_problem
 from ..products import Loss
 from ..trees import add_scale, all_finite, scale
 from ..validation import check_positive_int, positive

@@ -11,11 +11,11 @@ from jaxtyping import Array, PyTree
 
 from ..batches import at_draw, sample_batch
 from ..certificate import TRUST_RTOL
-from ..jaxpr import used_inputs
-from ..lost_derivative_checks import lost_in_rates_flags
+from ..checks.lost_derivatives import lost_in_rates_flags
+from ..checks.problem import check_problem
+from ..jaxprs.inspection import used_inputs
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_problem
 from ..trees import all_finite, cast_like
 from ..validation import check_not_optax_factory, check_positive_int, float_converter
 from . import reversible_arithmetic as arithmetic

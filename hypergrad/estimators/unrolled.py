@@ -11,14 +11,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from ..checks.lost_derivatives import lost_in_step_flags
+from ..checks.problem import check_steps_use_alpha, solver_uses_alpha
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import split_steps, uses_checkpoints
 from ..inner.storage import StepSizes, Storage, choose_storage
 from ..keys_in_w import bind_keys
-from ..lost_derivative_checks import lost_in_step_flags
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..problem_checks import check_steps_use_alpha, solver_uses_alpha
 from ..trees import all_finite, safe_norm
 from ..validation import KEY_SHAPE, check_positive_int
 from .forward import Forward

@@ -7,8 +7,8 @@ from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..batches import at_draw
-from ..problem_checks import check_state_without_alpha
-from ..search_trial import TrialRecord
+from ..checks.problem import check_state_without_alpha
+from ..trials.trial import TrialRecord
 from ..validation import check_positive_int
 from .populations import (
     Members,

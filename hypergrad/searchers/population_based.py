@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..jaxpr import unused_leaves
-from ..problem_checks import check_state_without_alpha
+from ..checks.problem import check_state_without_alpha
+from ..jaxprs.inspection import unused_leaves
 from ..spaces.pytree import flatten_space
 from ..validation import check_positive_int, non_negative
 from .populations import (

@@ -18,7 +18,7 @@ from .. import spaces
 from ..batches import Data, at_draw
 from ..cost import cost_stats
 from ..runtime.devices import shard
-from ..search_trial import TrialRecord, TrialSetup, make_record
+from ..trials.trial import TrialRecord, TrialSetup, make_record
 from ..validation import check_positive_int, check_solver
 
 

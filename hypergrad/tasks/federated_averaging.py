@@ -14,7 +14,7 @@ from ..batches import Data, full_batch
 from ..cost import cost_stats
 from ..estimators import Estimate, Implicit
 from ..estimators.base import make_estimate
-from ..implicit_diff import implicit_hypergradient
+from ..implicit.differentiation import implicit_hypergradient
 from ..inner import inner_stats
 from ..inner.base import InnerSolver, InnerStats
 from ..inner.descent import run_inner_steps

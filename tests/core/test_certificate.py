@@ -17,7 +17,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
     two_losses,
 )
-from hypergrad.implicit_diff import implicit_hypergradient, zero_adjoint
+from hypergrad.implicit.differentiation import implicit_hypergradient, zero_adjoint
 from hypergrad.trees import relative_error
 from tests.loops import run_loop
 from tests.random_problems import (

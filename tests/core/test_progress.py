@@ -260,7 +260,7 @@ def test_the_first_of_several_processes_shows_the_bar(bar, monkeypatch):
     """Every process counts the trusted steps, so that all make the same transfers."""
     counts = []
     monkeypatch.setattr(
-        "hypergrad.outer_run._HostRun._count_trusted",
+        "hypergrad.outer_loop.run._HostRun._count_trusted",
         lambda run: counts.append(run.num_steps_made) or (0, 0),
     )
     monkeypatch.setattr("hypergrad.progress.jax.process_index", lambda: 1)

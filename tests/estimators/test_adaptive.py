@@ -20,7 +20,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
     two_losses,
 )
-from hypergrad.implicit_diff import implicit_hypergradient
+from hypergrad.implicit.differentiation import implicit_hypergradient
 from hypergrad.problem import EstimateData
 from hypergrad.trees import relative_error
 from tests.estimator_cases import (

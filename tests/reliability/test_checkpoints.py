@@ -23,9 +23,12 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad import checkpoint, outer_fingerprint, outer_limits, outer_run
+from hypergrad import checkpoint
 from hypergrad.checkpoint import CheckpointFolder
 from hypergrad.cost.memory import resident_bytes
+from hypergrad.outer_loop import fingerprint as outer_fingerprint
+from hypergrad.outer_loop import limits as outer_limits
+from hypergrad.outer_loop import run as outer_run
 from hypergrad.runtime.interrupts import deferred_interrupt
 from tests.loops import ExactEstimator, assert_same_bits, run_loop
 

@@ -157,7 +157,7 @@ def test_a_worker_on_another_machine_is_named_once(monkeypatch):
 def test_trials_of_another_jax_or_kind_of_device_are_refused(name, monkeypatch):
     trials, _ = record(budget=1.0)
     environment = executors.runtime_environment() | {name: "something else"}
-    for module in ("search_records", "search_rounds"):
+    for module in ("trials.records", "trials.rounds"):
         monkeypatch.setattr(
             f"hypergrad.{module}.runtime_environment", lambda: environment
         )

@@ -15,7 +15,6 @@ import pytest
 import hypergrad as hg
 from hypergrad.inner import inner_stats
 from hypergrad.inner.descent import run_inner_steps
-from hypergrad.search_trial import TrialSetup
 from hypergrad.searchers import (
     Hyperband,
     PopulationBasedTraining,
@@ -23,6 +22,7 @@ from hypergrad.searchers import (
 )
 from hypergrad.searchers.halving import floor_log
 from hypergrad.searchers.populations import Rung, Trainer
+from hypergrad.trials.trial import TrialSetup
 from tests.search.populations import (
     MOMENTUM,
     PROBLEM,

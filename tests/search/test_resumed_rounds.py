@@ -10,13 +10,13 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.search_rounds import add_checksum
 from hypergrad.searchers import (
     Hyperband,
     OneShot,
     PopulationBasedTraining,
     SuccessiveHalving,
 )
+from hypergrad.trials.rounds import add_checksum
 from tests.search.populations import (
     MOMENTUM,
     inner_loss,

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import hypergrad as hg
-from hypergrad.search_records import RecordedTrials, add_checksum
 from hypergrad.spaces import Unit
+from hypergrad.trials.records import RecordedTrials, add_checksum
 from tests.search.problems import (
     TRIAL_COST,
     RecordingSearcher,

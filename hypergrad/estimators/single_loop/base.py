@@ -13,10 +13,10 @@ from jaxtyping import Array, PyTree
 
 from ...batches import batch_fraction, is_keyed, sample_in_pass
 from ...certificate import NO_GRADIENT_ADVICE
+from ...checks.problem import check_alpha_has_gradient, check_problem
 from ...cost import cost_stats
 from ...inner.descent import LINE_SEARCH_STATES, contains_state
 from ...problem import Bilevel, EstimateData
-from ...problem_checks import check_alpha_has_gradient, check_problem
 from ...trees import cast_like, norm, norm_ratio
 from ...validation import check_optimizer, raise_with_context
 from ..base import Estimate, make_estimate

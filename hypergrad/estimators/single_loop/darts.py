@@ -9,12 +9,12 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ...batches import sample_in_pass
-from ...jaxpr import alpha_has_gradient
+from ...checks.lost_derivatives import losses_with_batches
+from ...checks.problem import check_on_shapes, names_without_gradient
+from ...jaxprs.inspection import alpha_has_gradient
 from ...linear.neumann import Neumann
-from ...lost_derivative_checks import losses_with_batches
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from ...problem_checks import check_on_shapes, names_without_gradient
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, safe_norm, scale, widen
 from ...validation import positive, raise_with_context

@@ -1,0 +1,1 @@
+"""Checks of a problem that are made before anything is compiled."""

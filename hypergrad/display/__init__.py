@@ -1,0 +1,1 @@
+"""Results as tables, in text and in HTML, and figures that notebooks show."""

@@ -1,0 +1,1 @@
+"""What a function does with its inputs, read from its jaxpr."""

@@ -1,0 +1,1 @@
+"""The parts of `hypergrad.search`: how proposals are trained, recorded and repeated."""
