@@ -12,7 +12,8 @@ to 0.01; an ``alpha`` of ten numbers moves the targets; 1,024 outer samples; bat
 
 so that ``w*(a) = H^-1 (C a + c)`` with ``H = X'X / n + mu``, ``C = X'Z / n``, ``c = X'y
 / n``, and ``M(w*(a), a)`` is a quadratic: ``h(a) - h(a*)`` is ``(a - a*)' Q (a - a*) /
-2`` with ``Q = (H^-1 C)' H' (H^-1 C) + delta``.
+2`` with ``Q = (H^-1 C)' H' (H^-1 C) + delta``. Every method keeps ``alpha`` in the box
+[-10, 10].
 
 *Budget.* A run has 400 gradient-equivalents, for every method: as many outer steps as
 it pays for at the slowest rates of the grid, and for *implicit* as many as it pays for
