@@ -14,8 +14,8 @@ gradient are computed a second time.
 *Problems.* Logistic regression with 500 features and penalties, 10,000 examples and 500
 steps; a ReLU network 784-300-10 with a weight for each of 5,000 examples, 100 steps on
 all examples; a tanh network 784-128-10, batches of 128, 1,000 steps of momentum or
-Adam; one 256-256-256-256-10, batches of 256, 1,000 steps. The rate and one penalty per
-layer are hyperparameters of all.
+Adam; one 256-256-256-256-10, batches of 256, 1,000 steps. The rate is a hyperparameter
+of all, and so is one penalty per layer of the networks.
 
 *Measured.* Programs are compiled and not run, so that every number is the same on every
 run: operations, in gradients of a batch per step, and scratch memory. Both are given
@@ -40,7 +40,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row
-from hypergrad.estimators.inner_run import make_response_fn
+from hypergrad.estimators.inner_run import make_final_w_fn
 from hypergrad.problem import EstimateData
 from hypergrad.products import Loss
 
@@ -160,17 +160,16 @@ def hypergradient(
     no_penalty = {"penalties": jnp.full(work.penalties, -jnp.inf)}
     outer = lambda w, alpha, batch: work.loss(w, no_penalty, batch)
     problem = hg.Bilevel(work.loss, outer, hg.Batches(data, work.batch), data)
-    response_fn = make_response_fn(
+    final_w_fn = make_final_w_fn(
         hg.Descent(work.optimizer, work.steps),
         problem,
         EstimateData.sample(problem, key),
         w,
-        data,
         checkpoint=checkpoint,
         mixed_mode=METHODS[method],
     )
-    (value, _), hypergradient = jax.value_and_grad(response_fn, has_aux=True)(alpha)
-    return value, hypergradient
+    value_fn = lambda alpha: problem.outer_value(final_w_fn(alpha), alpha, data)
+    return jax.value_and_grad(value_fn)(alpha)
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:

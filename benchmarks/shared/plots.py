@@ -110,49 +110,6 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def heatmaps(rows: list[dict], path: Path, title: str, across: str) -> None:
-    """Where each pair of rates ends, a panel a method; the chosen one is marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import cm, colors, pyplot
-
-    columns = 6
-    figure, panels = pyplot.subplots(
-        -(-len(rows) // columns), columns, figsize=(14, 7.5), layout="constrained"
-    )
-    ends = [np.array(row["ends"], float) for row in rows]
-    low = np.log10(np.nanquantile([np.nanmin(each) for each in ends], 0.2))
-    high = np.log10(np.nanquantile(np.concatenate(ends), 0.8))
-    norm = colors.Normalize(low, high)
-    for axis, row in zip(panels.flat, rows, strict=False):
-        rates = sorted(set(row["rates"]), reverse=True)
-        ratios = sorted(set(row["ratios"]), reverse=True)
-        table = np.full((len(rates), len(ratios)), np.nan)
-        for rate, ratio, end in zip(
-            row["rates"], row["ratios"], row["ends"], strict=True
-        ):
-            value = np.nan if end is None else np.log10(end)
-            table[rates.index(rate), ratios.index(ratio)] = value
-        axis.imshow(table, norm=norm, cmap="viridis_r", aspect="auto")
-        best = ratios.index(row["ratio"]), rates.index(row["rate"])
-        axis.plot(*best, "o", mfc="none", mec="crimson", ms=12, mew=2)
-        axis.set_title(row["method"], fontsize=9)
-        ticks = [f"{x:g}" for x in ratios]
-        axis.set_xticks(range(len(ratios)), ticks, fontsize=6, rotation=60)
-        axis.set_yticks(range(len(rates)), [f"{x:g}" for x in rates], fontsize=7)
-        axis.set_facecolor("0.9")
-    for axis in list(panels.flat)[len(rows) :]:
-        axis.set_axis_off()
-    scale = cm.ScalarMappable(norm, "viridis_r")
-    figure.colorbar(scale, ax=panels, label="log10 of where it ends; grey: broke off")
-    figure.supxlabel(across)
-    figure.supylabel("rate of w")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def strips(
     panels: dict[str, dict[str, list[float]]],
     path: Path,
