@@ -271,7 +271,7 @@ def _is_near_stationary_point(
 
         ||S^-1 d|| <= eps^0.4 (||S^-1 (|w| + |w - w0|)|| + ||S q|| / r),
 
-    where q is the change of the gradient that rounding of the data excuses.
+    where q is the change of ``dL/dw`` that rounding of the data may cause.
 
     Args:
       linear_solver: Solver of the system.

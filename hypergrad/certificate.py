@@ -1,8 +1,6 @@
 """Certificates: how far a hypergradient is from the derivative at the argmin."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,15 +21,12 @@ from .cost import cost_stats
 from .display.tables import ResultModule, Row, certificate_rows, sentences_of_flags
 from .implicit.curvature_probe import probe_curvature
 from .implicit.differentiation import (
-    ImplicitResult,
+    Point,
     all_solved,
     any_negative_curvature,
     corrected_hypergradient,
     count_products,
-    largest_curvature,
-    longest_solve,
     max_relative_error,
-    newton_step,
     zero_adjoint,
 )
 from .implicit.minimum import is_cancelled
@@ -42,10 +37,8 @@ from .implicit.newton_correction import (
     outer_gradient_rounding,
 )
 from .keys_in_w import bind_keys, restore_keys
-from .linear.base import LinearStats
 from .linear.equilibration import equilibrate
 from .problem import Bilevel, EstimateData
-from .products import hvp
 from .trees import all_finite, safe_norm
 from .validation import (
     as_input_arrays,
@@ -130,7 +123,7 @@ class Certificate(ResultModule):
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
       corrected_grad_norm: ``||dL/dw||`` at ``corrected_w``.
       adjoint_residual: ``||b - H v|| / ||b||`` at ``corrected_w``, the maximum over K
-        losses. It depends on the units of ``w`` and judges nothing.
+        losses. ``trusted`` does not use it, because it depends on the units of ``w``.
       ritz_min, ritz_max: Extreme Ritz values of ``S H S`` from a random vector, with
         the diagonal scaling ``S`` of the solves.
       curvature_resolution: A fraction ``r``, which says how far the spectrum may reach
@@ -318,34 +311,33 @@ def compute_certificate(
 
     The first solve starts from ``adjoint``, or zero; ``init_s`` is as in `equilibrate`.
     """
-    batch, outer_batch = data.inner_batch(), data.outer_batch()
-    loss = problem.inner_loss
-    matvec = functools.partial(hvp, loss, w, alpha, batch)
-    scaling = equilibrate(matvec, w, init_s=init_s, seed=SCALING_SEED)
-    differentiate = lambda w, adjoint: corrected_hypergradient(
-        problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL
-    )
+    point = Point(problem, w, alpha, data.inner_batch(), data.outer_batch())
+    scaling = equilibrate(point.matvec, w, init_s=init_s, seed=SCALING_SEED)
     adjoint = zero_adjoint(problem, w) if adjoint is None else adjoint
     is_given = hypergradient is not None
-    hypergradient, adjoint, inner_grad, solves = _first_result(
-        hypergradient, adjoint, differentiate, jax.grad(loss), w, alpha, batch
-    )
+    if is_given:
+        inner_grad = jax.grad(problem.inner_loss)(w, alpha, point.batch)
+        solves = []
+    else:
+        result = corrected_hypergradient(point, scaling, adjoint, SOLVE_RTOL)
+        hypergradient, adjoint = result.hypergradient, result.adjoint
+        inner_grad, solves = result.inner_grad, [result.linear_stats]
     inner_grad_norm = safe_norm(inner_grad)
-    take_step = lambda w, inner_grad: newton_step(
-        loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL
-    )
     correction = correct_by_newton(
-        w, hypergradient, adjoint, inner_grad, take_step, differentiate,
-        functools.partial(max_relative_error, problem), num_newton_steps,
-    )  # fmt: skip
-    corrected_w, result = correction.w, correction.result
+        point, scaling, hypergradient, adjoint, inner_grad, num_newton_steps, SOLVE_RTOL
+    )
+    corrected_point, result = point._replace(w=correction.w), correction.result
     solves += correction.solves
+    lengths = [jnp.max(stats["num_products"]) for stats in solves]
+    curvatures = [jnp.nanmax(stats["ritz_max"]) for stats in solves]
     probe = probe_curvature(
-        problem, corrected_w, alpha, batch, scaling, data.solver_key,
-        num_steps=jnp.maximum(longest_solve(solves), MIN_PROBE_STEPS),
-        curvature_max=largest_curvature(solves),
-    )  # fmt: skip
-    checks = check_correction(correction, inner_grad, scaling, loss, alpha, batch)
+        corrected_point,
+        scaling,
+        data.solver_key,
+        num_steps=jnp.maximum(jnp.max(jnp.stack(lengths)), MIN_PROBE_STEPS),
+        curvature_max=jnp.nanmax(jnp.stack(curvatures)),
+    )
+    checks = check_correction(correction, inner_grad, scaling, point)
     num_products = scaling.num_products + probe.num_products
     num_products += sum(map(count_products, solves)) + checks.num_products
     is_negative = probe.is_negative | any_negative_curvature(checks.solves)
@@ -354,10 +346,8 @@ def compute_certificate(
     error = max_relative_error(problem, hypergradient, corrected)  # |h - h*| / |h*|
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
-    rounding = outer_gradient_rounding(
-        problem, corrected_w, alpha, outer_batch, scaling, result.b
-    )
-    flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
+    rounding = outer_gradient_rounding(corrected_point, scaling, result.b)
+    flags = lost_derivative_flags(problem, correction.w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
     cancels = jnp.any(problem.for_each_loss(is_cancelled)(corrected, result.cross))
@@ -366,7 +356,7 @@ def compute_certificate(
     return Certificate(
         error_estimate=error,
         trusted=~jnp.any(jnp.stack(list(flags.values()))),
-        corrected_w=corrected_w,
+        corrected_w=correction.w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
         corrected_grad_norm=corrected_grad_norm,
@@ -381,28 +371,6 @@ def compute_certificate(
         stats=_cost_stats(problem, data, num_products, is_given, num_newton_steps),
         flags=flags,
     )
-
-
-def _first_result(
-    hypergradient: PyTree | None,
-    adjoint: PyTree,
-    differentiate: Callable[[PyTree, PyTree], ImplicitResult],
-    grad_fn: Callable[..., PyTree],
-    *point: PyTree,
-) -> tuple[PyTree, PyTree, PyTree, list[LinearStats]]:
-    """Returns the hypergradient, the adjoint, ``dL/dw`` and the solves made for them.
-
-    Args:
-      hypergradient: The one to certify; if None, it is computed.
-      adjoint: Where a solve for it starts.
-      differentiate: ``(w, adjoint) -> result`` of implicit differentiation.
-      grad_fn, *point: The gradient of the inner loss, and its arguments.
-    """
-    if hypergradient is not None:
-        return hypergradient, adjoint, grad_fn(*point), []
-    result = differentiate(point[0], adjoint)
-    solves = [result.linear_stats]
-    return result.hypergradient, result.adjoint, result.inner_grad, solves
 
 
 def _max_last_change(rtol: Scalar | float, num_newton_steps: int) -> Scalar | float:

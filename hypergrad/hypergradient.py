@@ -1,9 +1,8 @@
 """Computation of a single hypergradient, without a state to carry."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -28,6 +27,9 @@ from .validation import (
     floats_to_arrays,
     is_traced,
 )
+
+#: Number of programs that calls of `hypergradient` share; the oldest one is dropped.
+MAX_PROGRAMS = 1024
 
 
 def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estimate]:
@@ -65,11 +67,12 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
             "num_steps=...)."
         )
     estimator, problem = floats_to_arrays((estimator, problem))
-    # What all calls share is flattened and hashed once, so that a repeated call costs
-    # little more than its program.
+    # The program is looked up once, so that a repeated call costs little more than it.
     arrays, static = eqx.partition((estimator, problem), eqx.is_array)
     arrays, structure = jax.tree.flatten(arrays)
-    static_part, checked_shapes = _StaticPart(structure, static), set()
+    static_leaves, static_structure = jax.tree.flatten(static)
+    program = _make_program(structure, static_structure, tuple(static_leaves))
+    checked_shapes = set()
     with jax.ensure_compile_time_eval():  # do not keep a tracer of an enclosing jit
         default_key = as_key(None)
 
@@ -88,7 +91,7 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
         key = default_key if key is None else as_key(key)
         if is_traced(arrays, leaves, key):
             check_problem_on_devices(*bind_keys(problem, w), alpha, key)
-        return _estimate(static_part, arrays, w, alpha, key)
+        return program(arrays, w, alpha, key)
 
     return estimate_fn
 
@@ -99,46 +102,29 @@ def _shapes_of(structure: Any, leaves: list[Array]) -> tuple[Any, ...]:
     return structure, *((x.shape, x.dtype, is_weak(x)) for x in leaves)
 
 
-class _StaticPart:
-    """The static part of an estimator and a problem, with a hash computed once."""
+@functools.lru_cache(MAX_PROGRAMS)
+def _make_program(
+    structure: Any, static_structure: Any, static_leaves: tuple[Any, ...]
+) -> Callable[..., Estimate]:
+    """Returns the compiled function ``(arrays, w, alpha, key) -> Estimate``.
 
-    def __init__(self, structure: Any, static: PyTree):
-        self.structure, self.static = structure, static
-        leaves, static_structure = jax.tree.flatten(static)
-        self.parts = structure, static_structure, *leaves
-        self.hash = hash((*self.parts, *_static_field_hashes(static_structure)))
+    Args:
+      structure: Structure of the arrays of the pair ``(estimator, problem)``.
+      static_structure, static_leaves: The pair without its arrays.
+    """
+    static = jax.tree.unflatten(static_structure, static_leaves)
 
-    def combine(self, arrays: list[Array]) -> Any:
-        """Returns ``(estimator, problem)``."""
-        return eqx.combine(jax.tree.unflatten(self.structure, arrays), self.static)
+    @jax.jit
+    def estimate(arrays, w, alpha, key):
+        arrays = jax.tree.unflatten(structure, arrays)
+        estimator, problem = eqx.combine(arrays, static)
+        init_key, estimate_key = jax.random.split(key)
+        problem, parameters = bind_keys(problem, w)
+        state = estimator.init(problem, parameters, alpha, init_key)
+        estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
+        final_w = restore_keys(estimate.w, problem.keys_of_w)
+        keys = keys_of_samples(estimator, estimate_key)
+        key = keys[0] if len(keys) == 1 else None  # no certificate sees several samples
+        return normalize_estimate(dataclasses.replace(estimate, w=final_w, key=key))
 
-    def __hash__(self) -> int:
-        return self.hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, _StaticPart) and self.parts == other.parts
-        )
-
-
-def _static_field_hashes(structure: Any) -> Iterator[int]:
-    """Yields the hashes of static fields, which that of a `PyTreeDef` leaves out."""
-    _, fields = structure.node_data() or (None, None)
-    for field in fields if isinstance(fields, tuple) else (fields,):
-        with contextlib.suppress(TypeError):
-            yield hash(field)
-    for child in structure.children():
-        yield from _static_field_hashes(child)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _estimate(static_part, arrays, w, alpha, key):
-    estimator, problem = static_part.combine(arrays)
-    init_key, estimate_key = jax.random.split(key)
-    problem, parameters = bind_keys(problem, w)
-    state = estimator.init(problem, parameters, alpha, init_key)
-    estimate, _ = estimator.estimate(problem, state, alpha, estimate_key)
-    final_w = restore_keys(estimate.w, problem.keys_of_w)
-    keys = keys_of_samples(estimator, estimate_key)
-    key = keys[0] if len(keys) == 1 else None  # no certificate sees several samples
-    return normalize_estimate(dataclasses.replace(estimate, w=final_w, key=key))
+    return estimate

@@ -87,23 +87,6 @@ def cross_jvp(
     return jax.jvp(grad_fn, args, tangents)[1]
 
 
-def grad_and_cross_jvps(
-    loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, directions: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Returns ``dL/dw`` and ``J u`` for several directions ``u`` of ``alpha``.
-
-    Args:
-      loss, w, alpha, batch: The loss and its arguments.
-      directions: Tangents of ``alpha`` with a leading axis, ``[m, ...]``. The products
-        have the same leading axis.
-
-    Cost: two gradients per direction.
-    """
-    grad_fn = lambda alpha: jax.grad(eqx.filter_jit(loss))(w, alpha, batch)
-    along = lambda direction: jax.jvp(grad_fn, (alpha,), (direction,))
-    return jax.vmap(along, out_axes=(None, 0))(directions)
-
-
 def hvp_and_cross_vjp(
     loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree, v: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
@@ -272,7 +255,7 @@ def gauss_newton_product(
 
 
 def pushforward(
-    f: Callable[[Array], PyTree], x: Array, directions: Array
+    f: Callable[[PyTree], PyTree], x: PyTree, directions: PyTree
 ) -> tuple[PyTree, PyTree]:
     """Returns ``f(x)`` and its derivatives along ``directions``.
 

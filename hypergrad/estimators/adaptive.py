@@ -21,6 +21,7 @@ from jaxtyping import PyTree, Scalar
 from ..batches import at_draw
 from ..implicit.differentiation import (
     EMPTY_LINEAR_STATS,
+    Point,
     merge_linear_stats,
     safeguarded_newton_steps,
 )
@@ -28,7 +29,7 @@ from ..inner.base import InnerStats, grads_per_step, inner_stats, step_fraction
 from ..inner.stopping import make_grad_tolerance
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel, EstimateData
+from ..problem import EstimateData
 from ..trees import all_finite, apply_unless, max_machine_eps, safe_norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
@@ -44,40 +45,32 @@ class AdaptiveState(eqx.Module):
 
     Attributes:
       carry: Carry of the inner solver; its first entry is ``w``.
-      differentiation: The hypergradient with its adjoint, and their error estimate.
+      adjoint_solution: The hypergradient with its adjoint, and their error estimate,
+        which is infinite before the first round.
       counts: Statistics of the inner solver, including the gradients of checks and
         Newton steps; ``num_outer_grads`` counts the gradients of one outer loss.
       linear_stats: Number of products, and the spectrum that the solves found.
       grad_tol: Norm ``||S dL/dw||`` at which the inner steps of the next round stop.
       init_grad_tol: The ``grad_tol`` with which one round would have sufficed.
       adjoint_rtol: Relative residual at which the next adjoint solve stops.
-      inner_error, adjoint_error: Estimated relative errors of the hypergradient, the
-        maximum over K losses.
       has_moved: Whether the round changed ``w`` by more than rounding.
       num_rounds: Number of rounds made.
     """
 
     carry: PyTree
-    differentiation: AdjointSolution
+    adjoint_solution: AdjointSolution
     counts: InnerStats
     linear_stats: LinearStats
     grad_tol: Scalar
     init_grad_tol: Scalar
     adjoint_rtol: Scalar
-    inner_error: Scalar
-    adjoint_error: Scalar
     has_moved: Scalar
     num_rounds: Scalar
 
     @property
-    def error(self) -> Scalar:
-        """Estimated relative error of the hypergradient."""
-        return jnp.maximum(self.inner_error, self.adjoint_error)
-
-    @property
     def inner_grad(self) -> PyTree:
         """``dL/dw``."""
-        return self.differentiation.result.inner_grad
+        return self.adjoint_solution.result.inner_grad
 
 
 class AdaptiveSolve(eqx.Module):
@@ -88,57 +81,57 @@ class AdaptiveSolve(eqx.Module):
     Attributes:
       estimator: The `Implicit` whose settings apply, except the tolerance of its linear
         solver.
-      problem, data, alpha: Arguments of the estimate.
+      data: The data of the estimate.
+      point: Where the first round starts, with all inner data.
       rtol: Relative tolerance of the hypergradient.
       scaling: Diagonal scaling ``S`` of ``H``.
     """
 
     estimator: Any
-    problem: Bilevel
     data: EstimateData
-    alpha: PyTree
+    point: Point
     rtol: Scalar
     scaling: Scaling
 
-    def run(
-        self, w: PyTree, adjoint: PyTree, duals: PyTree, grad_tol: Scalar
-    ) -> AdaptiveState:
-        """Makes rounds until the tolerance is met or nothing is left to do.
+    def run(self, adjoint: PyTree, duals: PyTree, grad_tol: Scalar) -> AdaptiveState:
+        """Makes rounds, at least one, until the tolerance is met or no work is left.
 
         Args:
-          w, adjoint, duals: Where the first solves start.
+          adjoint, duals: Where the first adjoint solve starts.
           grad_tol: ``init_grad_tol`` of the previous estimate. NaN stands for the
             default of `_init_grad_tol`.
         """
 
         def cond_fun(state):
-            is_adjoint_dominant = state.adjoint_error > state.inner_error
+            result, error = state.adjoint_solution.result, state.adjoint_solution.error
+            is_adjoint_dominant = error.adjoint_error > error.inner_error
             has_steps_left = self.has_steps_left(state.counts)
             # Inner steps may leave a maximum or a saddle at which no step was made.
             is_saddle = state.linear_stats["negative_curvature"] & has_steps_left
             is_saddle &= state.counts["num_steps"] == 0
             is_saddle &= self.grad_norm(state.inner_grad) > state.grad_tol
-            is_met = (state.error <= self.rtol) & ~is_saddle
+            largest_error = jnp.maximum(error.inner_error, error.adjoint_error)
+            is_met = (largest_error <= self.rtol) & ~is_saddle
             can_move = state.has_moved & (self.estimator.num_newton_steps > 0)
             can_continue = can_move | is_adjoint_dominant | has_steps_left
-            is_finite = all_finite(state.differentiation.result.hypergradient)
+            can_continue |= state.num_rounds == 0
+            is_finite = all_finite(result.hypergradient)
             return (state.num_rounds < MAX_ROUNDS) & ~is_met & can_continue & is_finite
 
         # A lambda, because JAX hashes bound methods by value, arrays included.
         body_fun = lambda state: self.step(state)
-        init_state = self.init(w, adjoint, duals, grad_tol)
+        init_state = self.init(adjoint, duals, grad_tol)
         return jax.lax.while_loop(cond_fun, body_fun, init_state)
 
-    def init(
-        self, w: PyTree, adjoint: PyTree, duals: PyTree, grad_tol: Scalar
-    ) -> AdaptiveState:
+    def init(self, adjoint: PyTree, duals: PyTree, grad_tol: Scalar) -> AdaptiveState:
         """Returns the state before the first round, whose errors are infinite."""
+        problem, w, alpha, *_ = self.point
         if is_iterative(self.solver):
             carry, counts = self.init_carry(w), inner_stats(0, num_grads=0)
         else:
-            loss, data = self.problem.inner_loss, self.data
+            data = self.data
             w, counts = self.solver.solve(
-                loss, w, self.alpha, data.inner_data, data.solver_key
+                problem.inner_loss, w, alpha, data.inner_data, data.solver_key
             )
             carry = w, ()
         inner_grad = self.inner_grad(w)
@@ -150,18 +143,16 @@ class AdaptiveSolve(eqx.Module):
         result = dataclasses.replace(
             empty.result, adjoint=adjoint, inner_grad=inner_grad
         )
-        infinity = jnp.asarray(jnp.inf)
+        infinite = jax.tree.map(lambda x: jnp.full_like(x, jnp.inf), empty.error)
         return AdaptiveState(
             carry=carry,
-            differentiation=empty._replace(result=result, duals=duals),
+            adjoint_solution=empty._replace(result=result, error=infinite, duals=duals),
             counts=add_counts(counts, num_grads=1 + num_unit_grads)
             | {"num_outer_grads": jnp.asarray(0.0)},
             linear_stats=jax.tree.map(jnp.asarray, EMPTY_LINEAR_STATS),
             grad_tol=grad_tol,
             init_grad_tol=grad_tol,
             adjoint_rtol=adjoint_rtol,
-            inner_error=infinity,
-            adjoint_error=infinity,
             has_moved=jnp.asarray(True),
             num_rounds=jnp.asarray(0),
         )
@@ -169,18 +160,19 @@ class AdaptiveSolve(eqx.Module):
     def step(self, state: AdaptiveState) -> AdaptiveState:
         """Makes one round: inner steps, Newton steps, and an adjoint solve."""
         linear_stats = _without_negative_curvature(state.linear_stats)
-        carry, inner_grad, counts = self._approach_argmin(state, linear_stats)
+        carry, inner_grad, counts = self._run_inner_steps(state, linear_stats)
         grad_norm = self.grad_norm(inner_grad)
         carry, linear_stats, counts = self._apply_newton_steps(
             carry, inner_grad, linear_stats, counts
         )
         w = carry[0]
-        previous = state.differentiation
-        differentiation = self.solve_adjoint(
+        previous = state.adjoint_solution
+        solution = self.solve_adjoint(
             w, previous.result.adjoint, previous.duals, state.adjoint_rtol
         )
-        error = differentiation.error
-        linear_stats = self.merge_stats(linear_stats, differentiation)
+        error = solution.error
+        linear_stats = merge_linear_stats(linear_stats, solution.result.linear_stats)
+        linear_stats["num_products"] += solution.num_extra_products
         grad_tol = self._next_grad_tol(
             state, counts, linear_stats, grad_norm, error.inner_error
         )
@@ -188,15 +180,13 @@ class AdaptiveSolve(eqx.Module):
         is_first = state.num_rounds == 0
         return AdaptiveState(
             carry=carry,
-            differentiation=differentiation,
-            counts=add_counts(counts, num_outer_grads=differentiation.num_outer_grads),
+            adjoint_solution=solution,
+            counts=add_counts(counts, num_outer_grads=solution.num_outer_grads),
             linear_stats=linear_stats,
             grad_tol=grad_tol,
             init_grad_tol=jnp.where(is_first, grad_tol, state.init_grad_tol),
             adjoint_rtol=state.adjoint_rtol * rtol_factor,
-            inner_error=error.inner_error,
-            adjoint_error=error.adjoint_error,
-            has_moved=has_moved(w, state.carry[0]),
+            has_moved=differs_beyond_rounding(w, state.carry[0]),
             num_rounds=state.num_rounds + 1,
         )
 
@@ -223,16 +213,54 @@ class AdaptiveSolve(eqx.Module):
 
     # The parts of a round.
 
-    def _approach_argmin(
+    def _run_inner_steps(
         self, state: AdaptiveState, linear_stats: LinearStats
     ) -> tuple[PyTree, PyTree, InnerStats]:
-        """Runs inner steps to ``grad_tol``; returns carry, ``dL/dw`` and counts."""
-        carry, inner_grad = state.carry, state.inner_grad
-        if not is_iterative(self.solver):
-            return carry, inner_grad, state.counts
+        """Runs inner steps until a check of the full gradient finds it small enough.
+
+        It is at most ``grad_tol`` then, or the error that rounding causes. The steps
+        have the keys of an uninterrupted run of the solver. Returns the carry,
+        ``dL/dw`` at its ``w``, and the counts with the new steps.
+        """
+        carry, inner_grad, counts = state.carry, state.inner_grad, state.counts
+        if not is_iterative(self.solver) or self.solver.num_steps == 0:
+            return carry, inner_grad, counts
         rounding_error = self.rounding_error(carry[0], linear_stats)
         grad_tol = jnp.maximum(state.grad_tol, rounding_error)
-        return self.run_inner_steps(carry, inner_grad, grad_tol, state.counts)
+        num_steps = self.solver.num_steps
+        loss, inner_data = self.point.problem.inner_loss, self.data.inner_data
+        _, steps_key = jax.random.split(self.data.solver_key)
+        num_grads = grads_per_step(self.solver) * step_fraction(self.solver, inner_data)
+        keys = jax.random.split(steps_key, num_steps)
+        steps_per_check = math.ceil(GRADS_PER_CHECK / num_grads)
+
+        def cond_fun(loop_state):
+            _, inner_grad, index, _ = loop_state
+            return (index < num_steps) & (self.grad_norm(inner_grad) > grad_tol)
+
+        def body_fun(loop_state):
+            carry, _, index, num_checks = loop_state
+            stop = jnp.minimum(index + steps_per_check, num_steps)
+            step_data = lambda i: at_draw(
+                inner_data, steps_key, i, num_steps, stream="w"
+            )
+            step = lambda i, carry: self.solver.step(
+                loss, carry, self.point.alpha, step_data(i), keys[i]
+            )
+            carry = jax.lax.fori_loop(index, stop, step, carry)
+            return carry, self.inner_grad(carry[0]), stop, num_checks + 1
+
+        init_index = counts["num_steps"].astype(int)
+        carry, inner_grad, index, num_checks = jax.lax.while_loop(
+            cond_fun, body_fun, (carry, inner_grad, init_index, jnp.asarray(0))
+        )
+        num_new_steps = index - init_index
+        counts = add_counts(
+            counts,
+            num_steps=num_new_steps,
+            num_grads=num_new_steps * num_grads + num_checks,
+        )
+        return carry, inner_grad, counts
 
     def _apply_newton_steps(
         self,
@@ -247,15 +275,9 @@ class AdaptiveSolve(eqx.Module):
             return carry, linear_stats, counts
         # Newton-CG is quadratic only if the CG tolerance shrinks with the error.
         rtols = [self.pre_newton_tol ** (2**i) for i in range(num_newton_steps)]
+        point = self.point._replace(w=carry[0])
         w, linear_stats = safeguarded_newton_steps(
-            self.problem.inner_loss,
-            carry[0],
-            self.alpha,
-            self.inner_batch,
-            inner_grad,
-            self.scaling,
-            rtols,
-            linear_stats,
+            point, inner_grad, self.scaling, rtols, linear_stats
         )
         counts = add_counts(counts, num_grads=num_newton_steps)
         # Reset the optimizer state: old momentum would undo the Newton correction.
@@ -288,51 +310,6 @@ class AdaptiveSolve(eqx.Module):
         is_negative = linear_stats["negative_curvature"]
         return jnp.where(~has_steps & is_negative, default_tol, tol)
 
-    def run_inner_steps(
-        self, carry: PyTree, inner_grad: PyTree, grad_tol: Scalar, counts: InnerStats
-    ) -> tuple[PyTree, PyTree, InnerStats]:
-        """Runs inner steps until a check of the full gradient finds it at ``grad_tol``.
-
-        The steps have the keys of an uninterrupted run of the solver. Returns the
-        carry, ``dL/dw`` at its ``w``, and the counts with the new steps.
-        """
-        num_steps = self.solver.num_steps
-        if num_steps == 0:
-            return carry, inner_grad, counts
-        loss, inner_data = self.problem.inner_loss, self.data.inner_data
-        _, steps_key = jax.random.split(self.data.solver_key)
-        num_grads = grads_per_step(self.solver) * step_fraction(self.solver, inner_data)
-        keys = jax.random.split(steps_key, num_steps)
-        steps_per_check = math.ceil(GRADS_PER_CHECK / num_grads)
-
-        def cond_fun(loop_state):
-            _, inner_grad, index, _ = loop_state
-            return (index < num_steps) & (self.grad_norm(inner_grad) > grad_tol)
-
-        def body_fun(loop_state):
-            carry, _, index, num_checks = loop_state
-            stop = jnp.minimum(index + steps_per_check, num_steps)
-            step_data = lambda i: at_draw(
-                inner_data, steps_key, i, num_steps, stream="w"
-            )
-            step = lambda i, carry: self.solver.step(
-                loss, carry, self.alpha, step_data(i), keys[i]
-            )
-            carry = jax.lax.fori_loop(index, stop, step, carry)
-            return carry, self.inner_grad(carry[0]), stop, num_checks + 1
-
-        init_index = counts["num_steps"].astype(int)
-        carry, inner_grad, index, num_checks = jax.lax.while_loop(
-            cond_fun, body_fun, (carry, inner_grad, init_index, jnp.asarray(0))
-        )
-        num_new_steps = index - init_index
-        counts = add_counts(
-            counts,
-            num_steps=num_new_steps,
-            num_grads=num_new_steps * num_grads + num_checks,
-        )
-        return carry, inner_grad, counts
-
     def solve_adjoint(
         self, w: PyTree, adjoint: PyTree, duals: PyTree, adjoint_rtol: Scalar
     ) -> AdjointSolution:
@@ -345,25 +322,13 @@ class AdaptiveSolve(eqx.Module):
         )
         return solve_adjoint(
             self.estimator,
-            self.problem,
-            w,
-            self.alpha,
-            self.inner_batch,
-            self.outer_batch,
+            self.point._replace(w=w),
             self.scaling,
             adjoint,
             duals,
             linear_solver=linear_solver,
             rtol=self.rtol,
         )
-
-    def merge_stats(
-        self, linear_stats: LinearStats, solution: AdjointSolution
-    ) -> LinearStats:
-        """Returns the statistics of earlier solves extended by an adjoint solve."""
-        linear_stats = merge_linear_stats(linear_stats, solution.result.linear_stats)
-        linear_stats["num_products"] += solution.num_extra_products
-        return linear_stats
 
     def grad_norm(self, inner_grad: PyTree) -> Scalar:
         """Returns ``||S dL/dw||``."""
@@ -390,13 +355,15 @@ class AdaptiveSolve(eqx.Module):
     def init_carry(self, w: PyTree) -> PyTree:
         """Returns the first carry of the inner solver."""
         init_key, _ = jax.random.split(self.data.solver_key)
+        problem, _, alpha, *_ = self.point
         return self.solver.init(
-            self.problem.inner_loss, w, self.alpha, self.data.inner_data, init_key
+            problem.inner_loss, w, alpha, self.data.inner_data, init_key
         )
 
     def inner_grad(self, w: PyTree) -> PyTree:
         """Returns ``dL/dw`` on all inner data."""
-        return jax.grad(self.problem.inner_loss)(w, self.alpha, self.inner_batch)
+        problem, _, alpha, batch, _ = self.point
+        return jax.grad(problem.inner_loss)(w, alpha, batch)
 
     def has_steps_left(self, counts: InnerStats) -> Scalar | bool:
         """Returns True if the inner solver may make further steps."""
@@ -407,18 +374,8 @@ class AdaptiveSolve(eqx.Module):
         """Error that ``num_newton_steps`` Newton steps reduce to ``rtol``."""
         return self.rtol ** (1 / 2**self.estimator.num_newton_steps)
 
-    @property
-    def inner_batch(self) -> PyTree:
-        """The inner data without sampling."""
-        return self.data.inner_batch()
 
-    @property
-    def outer_batch(self) -> PyTree:
-        """The batch of the outer loss."""
-        return self.data.outer_batch(self.estimator.outer_batch_size)
-
-
-def has_moved(w: PyTree, prev_w: PyTree) -> Scalar:
+def differs_beyond_rounding(w: PyTree, prev_w: PyTree) -> Scalar:
     """Returns whether an entry of ``w`` has changed by more than rounding."""
     exceeds = lambda x, prev: jnp.any(
         jnp.abs(x - prev) > ROUNDING_ULPS * jnp.finfo(x.dtype).eps * jnp.abs(x)

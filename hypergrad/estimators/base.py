@@ -79,7 +79,8 @@ REASONS = {
         "truncation_length)"
     ),
     "out_of_range": (
-        "a number left the range of the fixed-point integers, or the momentum its own"
+        "a number is too large for the fixed-point integers, or the momentum is "
+        "outside of its range"
     ),
     "not_reversed": "the reversed run did not return to its starting point",
     "rounding_error": (
@@ -135,8 +136,8 @@ class Estimate(ResultModule):
         - ``error_estimate``: Estimated relative error of the hypergradient.
         - ``standard_error``: Relative standard error of a hypergradient that was
           sampled.
-        - ``distance_to_implicit``: Relative distance to the derivative at the argmin;
-          NaN if its certificate fails.
+        - ``distance_to_implicit``: Relative distance of a derivative of the run from
+          that at the argmin, by ``certify_every``; NaN if the certificate fails.
         - ``num_grads``, ``num_hvps``, ``num_values``, ``num_outer_grads``,
           ``num_outer_values``, ``num_examples``, ``gradient_equivalents``: The cost.
         - ``trusted``: The same as the attribute.

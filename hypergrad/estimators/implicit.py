@@ -327,7 +327,7 @@ class Implicit(eqx.Module):
         else:
             rtol = self._current_rtol(state)
             solution = solve_adaptively(self, problem, state, alpha, data, rtol)
-        w, result = solution.w, solution.differentiation.result
+        w, result = solution.w, solution.adjoint_solution.result
         error_estimate: Any = jnp.nan
         costs = self._costs(data, solution)
         if self.certify:
@@ -350,7 +350,7 @@ class Implicit(eqx.Module):
             flags = {"no_error_estimate": True}
         else:
             flags = result_flags(solution, rtol)
-            error_estimate = solution.differentiation.error.error_estimate
+            error_estimate = solution.adjoint_solution.error.error_estimate
         flags |= lost_derivative_flags(problem, w, alpha)
         estimate = make_estimate(
             result.value,
@@ -372,7 +372,7 @@ class Implicit(eqx.Module):
             result.adjoint if self.warm_start else state.adjoint,
             state.num_estimates + 1,
             solution.grad_tol,
-            solution.differentiation.duals if self.warm_start else state.duals,
+            solution.adjoint_solution.duals if self.warm_start else state.duals,
             solution.s if self.warm_start else state.s,
             solution.prepared,
         )
@@ -438,7 +438,7 @@ class Implicit(eqx.Module):
         counts = solution.counts
         fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
         outer_fraction = fixed_batch_fraction(data.outer_data, self.outer_batch_size)
-        num_losses = solution.differentiation.result.value.size
+        num_losses = solution.adjoint_solution.result.value.size
         return cost_stats(
             data.inner_data,
             data.outer_data,

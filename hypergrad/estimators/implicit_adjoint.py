@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Scalar
 from ..implicit.confirmation import confirm_error
 from ..implicit.differentiation import (
     ImplicitResult,
+    Point,
     implicit_hypergradient,
     scaled_hypergradient,
 )
@@ -22,8 +23,6 @@ from ..implicit.error import (
     short_correction_terms,
 )
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel
-from ..products import hvp
 from ..trees import as_row, concatenate
 
 if TYPE_CHECKING:
@@ -49,16 +48,6 @@ class AdjointSolution(NamedTuple):
     num_outer_grads: Scalar | float = 1.0
 
 
-class Point(NamedTuple):
-    """A problem and the point at which it is differentiated."""
-
-    problem: Bilevel
-    w: PyTree
-    alpha: PyTree
-    batch: PyTree
-    outer_batch: PyTree
-
-
 def uses_scaled_cg(estimator: "Implicit") -> bool:
     """Returns True if the adjoint solve is `scaled_cg` on ``H`` itself."""
     is_scaled = getattr(estimator.linear_solver, "is_scaled", False)
@@ -72,11 +61,7 @@ def _solves_with_hessian(estimator: "Implicit") -> bool:
 
 def solve_adjoint(
     estimator: "Implicit",
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     adjoint: PyTree,
     duals: PyTree,
@@ -85,11 +70,11 @@ def solve_adjoint(
     prepared: PyTree = None,
     rtol: Scalar | float | None = None,
 ) -> AdjointSolution:
-    """Returns implicit differentiation at ``w``, and its error estimate if asked for.
+    """Returns implicit differentiation at a point, and its error estimate if asked for.
 
     Args:
       estimator: The `Implicit` whose ``damping`` and ``hvp_fn`` apply.
-      problem, w, alpha, batch, outer_batch: As for `implicit_hypergradient`.
+      point: Where the derivatives are taken.
       scaling: Diagonal scaling of ``H``.
       adjoint, duals: Solutions of the previous estimate, or zeros.
       linear_solver: The linear solver, whose tolerance may differ from the estimator's.
@@ -104,7 +89,6 @@ def solve_adjoint(
       solver up to 25 steps of `scaled_cg` more. `confirm_error` adds its own.
     """
     with_error = rtol is not None
-    point = Point(problem, w, alpha, batch, outer_batch)
     terms: Any = None
     if uses_scaled_cg(estimator):
         solution, terms = _solve_scaled(
@@ -112,12 +96,8 @@ def solve_adjoint(
         )
     else:
         result = implicit_hypergradient(
-            problem,
+            point,
             linear_solver,
-            w,
-            alpha,
-            batch,
-            outer_batch,
             adjoint,
             0.0 if estimator.damping is None else estimator.damping,
             prepared,
@@ -126,12 +106,13 @@ def solve_adjoint(
         )
         solution = AdjointSolution(result, None, duals, 0)
         if with_error:
-            solution, terms = _add_short_terms(point, scaling, solution)
+            terms, num_extra = short_correction_terms(point, scaling, result)
+            solution = solution._replace(num_extra_products=num_extra)
     if not with_error:
         return solution
-    error, num_products = estimate_error(*point, scaling, solution.result, terms)
+    error, num_products = estimate_error(point, scaling, solution.result, terms)
     error, num_confirming, num_outer_grads = confirm_error(
-        *point, scaling, solution.result, error, rtol
+        point, scaling, solution.result, error, rtol
     )
     num_products += num_confirming + solution.num_extra_products
     is_negative = solution.result.linear_stats["negative_curvature"]
@@ -145,16 +126,6 @@ def solve_adjoint(
     )
 
 
-def _add_short_terms(
-    point: Point, scaling: Scaling, solution: AdjointSolution
-) -> tuple[AdjointSolution, CorrectionTerms]:
-    """Returns the solution with the cost of further steps, and their terms."""
-    terms, num_products = short_correction_terms(
-        point.problem, point.w, point.alpha, point.batch, scaling, solution.result
-    )
-    return solution._replace(num_extra_products=num_products), terms
-
-
 def _solve_scaled(
     point: Point,
     scaling: Scaling,
@@ -164,15 +135,14 @@ def _solve_scaled(
     with_error: bool,
 ) -> tuple[AdjointSolution, CorrectionTerms | None]:
     """Returns the solution by `scaled_cg`, and the terms that it yields."""
-    problem, w, alpha, batch, _ = point
-    per_loss = problem.for_each_loss
+    per_loss = point.problem.for_each_loss
     subspace = per_loss(as_row)(adjoint)
     targets = None
     if with_error:
         subspace = per_loss(concatenate)(subspace, duals)
-        targets = correction_targets(problem, w, alpha, batch)
+        targets = correction_targets(point)
     result, solution = scaled_hypergradient(
-        *point,
+        point,
         scaling,
         subspace,
         rtol=linear_solver.rtol,
@@ -181,12 +151,11 @@ def _solve_scaled(
     )
     if not with_error:
         return AdjointSolution(result, None, duals, 0), None
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
-    terms = per_loss(lambda x: correction_terms(matvec, x, scaling))(solution)
+    terms = per_loss(lambda x: correction_terms(point.matvec, x, scaling))(solution)
     # `estimate_error` decides whether that of the solve counts against the estimate.
     is_negative = result.linear_stats["negative_curvature"]
     result = _with_negative_curvature(result, is_negative & ~solution.is_negative)
-    num_products = NUM_DIRECTIONS + len(problem.outer_losses)
+    num_products = NUM_DIRECTIONS + len(point.problem.outer_losses)
     return AdjointSolution(result, None, terms.duals, num_products), terms
 
 

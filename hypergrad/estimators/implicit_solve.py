@@ -10,6 +10,7 @@ from jaxtyping import PyTree, Scalar
 from ..certificate import TRUST_RTOL
 from ..implicit.differentiation import (
     EMPTY_LINEAR_STATS,
+    Point,
     damped_hvp_fn,
     finite_or_zero,
     merge_linear_stats,
@@ -18,7 +19,6 @@ from ..implicit.differentiation import (
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling, equilibrate, no_scaling
 from ..problem import Bilevel, EstimateData
-from ..products import hvp
 from ..trees import all_finite, apply_unless
 from .adaptive import AdaptiveSolve, add_counts
 from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
@@ -36,14 +36,14 @@ class Solution(NamedTuple):
 
     Attributes:
       w: The inner solution.
-      differentiation: The hypergradient with its adjoint, and their error estimate.
+      adjoint_solution: The hypergradient with its adjoint, and their error estimate.
       counts: Statistics of the inner solver, and ``num_outer_grads`` per outer loss.
       linear_stats: Statistics of all linear solves.
       grad_tol, prepared, s: The entries of the next `ImplicitState`.
     """
 
     w: PyTree
-    differentiation: AdjointSolution
+    adjoint_solution: AdjointSolution
     counts: dict[str, Any]
     linear_stats: LinearStats
     grad_tol: Scalar
@@ -59,31 +59,29 @@ def solve_once(
     data: EstimateData,
 ) -> Solution:
     """Runs the inner solver, the Newton steps and one adjoint solve."""
-    loss, batch = problem.inner_loss, data.inner_batch(estimator.adjoint_batch_size)
+    batch = data.inner_batch(estimator.adjoint_batch_size)
     outer_batch = data.outer_batch(estimator.outer_batch_size)
     init_w = problem.init_inner(state.w, alpha)
     w, counts = estimator.solver.solve(
-        loss, init_w, alpha, data.inner_data, data.solver_key
+        problem.inner_loss, init_w, alpha, data.inner_data, data.solver_key
     )
+    point = Point(problem, w, alpha, batch, outer_batch)
     linear_stats = EMPTY_LINEAR_STATS
-    scaling = find_scaling(estimator, problem, state, w, alpha, batch)
+    scaling = find_scaling(estimator, state, point)
     if num_newton_steps := estimator.num_newton_steps:
-        inner_grad = jax.grad(loss)(w, alpha, batch)
+        inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
         rtols = [NEWTON_RTOL] * num_newton_steps
         w, linear_stats = safeguarded_newton_steps(
-            loss, w, alpha, batch, inner_grad, scaling, rtols, linear_stats
+            point, inner_grad, scaling, rtols, linear_stats
         )
+        point = point._replace(w=w)
         counts = add_counts(counts, num_grads=num_newton_steps + 1)
     damping = 0.0 if estimator.damping is None else estimator.damping
-    matvec = damped_hvp_fn(problem, w, alpha, batch, damping, estimator.hvp_fn)
+    matvec = damped_hvp_fn(point, damping, estimator.hvp_fn)
     prepared, num_prepared = _reuse_or_prepare(estimator, state, matvec, w)
-    differentiation = solve_adjoint(
+    adjoint_solution = solve_adjoint(
         estimator,
-        problem,
-        w,
-        alpha,
-        batch,
-        outer_batch,
+        point,
         scaling,
         finite_or_zero(state.adjoint),
         finite_or_zero(state.duals),
@@ -91,14 +89,15 @@ def solve_once(
         prepared=prepared,
         rtol=TRUST_RTOL if has_error_estimate(estimator) else None,
     )
-    linear_stats = merge_linear_stats(linear_stats, differentiation.result.linear_stats)
+    new_stats = adjoint_solution.result.linear_stats
+    linear_stats = merge_linear_stats(linear_stats, new_stats)
     linear_stats["num_products"] += (
-        scaling.num_products + num_prepared + differentiation.num_extra_products
+        scaling.num_products + num_prepared + adjoint_solution.num_extra_products
     )
     return Solution(
         w,
-        differentiation,
-        counts=counts | {"num_outer_grads": differentiation.num_outer_grads},
+        adjoint_solution,
+        counts=counts | {"num_outer_grads": adjoint_solution.num_outer_grads},
         linear_stats=linear_stats,
         grad_tol=state.grad_tol,
         prepared=prepared,
@@ -124,27 +123,20 @@ def needs_scaling(estimator: "Implicit") -> bool:
 
 
 def find_scaling(
-    estimator: "Implicit",
-    problem: Bilevel,
-    state: "ImplicitState",
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
+    estimator: "Implicit", state: "ImplicitState", point: Point
 ) -> Scaling:
     """Returns the diagonal scaling of ``H``, from that of the previous estimate.
 
     It is the identity if no part of the estimate works in scaled coordinates.
     """
     if not needs_scaling(estimator):
-        return no_scaling(w)
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
-    return equilibrate(matvec, w, init_s=state.s, seed=state.num_estimates)
+        return no_scaling(point.w)
+    return equilibrate(point.matvec, point.w, init_s=state.s, seed=state.num_estimates)
 
 
 def result_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:
     """Returns the checks of an estimate with an error estimate."""
-    differentiation = solution.differentiation
-    result, error = differentiation.result, differentiation.error
+    result, error = solution.adjoint_solution.result, solution.adjoint_solution.error
     is_finite = all_finite(result.value, result.hypergradient, result.inner_grad)
     is_negative = solution.linear_stats["negative_curvature"]
     flags = {"not_finite": ~is_finite, "negative_curvature": is_negative}
@@ -161,11 +153,12 @@ def solve_adaptively(
 ) -> Solution:
     """Makes rounds of inner steps, Newton steps and adjoint solves to ``rtol``."""
     init_w = problem.init_inner(state.w, alpha)
+    outer_batch = data.outer_batch(estimator.outer_batch_size)
+    point = Point(problem, init_w, alpha, data.inner_batch(), outer_batch)
     # One scaling for all rounds, because the tolerances are norms in its coordinates.
-    scaling = find_scaling(estimator, problem, state, init_w, alpha, data.inner_batch())
-    adaptive = AdaptiveSolve(estimator, problem, data, alpha, rtol, scaling)
+    scaling = find_scaling(estimator, state, point)
+    adaptive = AdaptiveSolve(estimator, data, point, rtol, scaling)
     final = adaptive.run(
-        init_w,
         finite_or_zero(state.adjoint),
         finite_or_zero(state.duals),
         state.grad_tol,
@@ -175,7 +168,7 @@ def solve_adaptively(
     w, _ = final.carry  # and the state of the inner optimizer
     return Solution(
         w,
-        final.differentiation,
+        final.adjoint_solution,
         counts=final.counts,
         linear_stats=linear_stats,
         grad_tol=final.init_grad_tol,

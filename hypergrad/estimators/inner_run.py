@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..batches import fixed_batch_fraction
-from ..certificate import compute_certificate
 from ..checks.lost_derivatives import lost_derivative_flags, lost_in_init_flags
 from ..checks.problem import (
     check_alpha_has_gradient,
     check_alpha_is_used,
     check_problem,
     init_has_gradient,
-    init_uses_alpha,
+    solver_uses_alpha,
 )
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
@@ -31,7 +30,7 @@ from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
 from ..validation import KEY_SHAPE, check_positive_int, check_solver
 from .base import Estimate, make_estimate
-from .rounding import Perturbation, perturb_iterate, shift
+from .rounding import perturb_iterate
 
 
 class InnerRunState(eqx.Module):
@@ -57,7 +56,6 @@ class RunDerivative(NamedTuple):
       num_grads, num_hvps: Number of inner gradients and of Hessian-vector products,
         each on the batch of one inner step.
       error_estimate: Estimated relative error as the derivative of the run.
-      num_outer_grads: Number of outer gradients per outer loss.
     """
 
     value: Array
@@ -68,21 +66,20 @@ class RunDerivative(NamedTuple):
     num_grads: int
     num_hvps: int
     error_estimate: Array | float
-    num_outer_grads: int = 1
 
 
 class RunEstimator(eqx.Module):
     """An estimator that differentiates a finite inner run.
 
-    A subclass implements `differentiate` and `optimizer_uses_alpha`. If its derivative
-    does not reach the starting point, it sets ``differentiates_init`` to False.
+    A subclass implements `differentiate`, and `optimizer_uses_alpha` if it has no
+    ``solver``. If its derivative does not reach the starting point, it sets
+    ``differentiates_init`` to False.
 
     Args:
-      warm_start, certify, outer_batch_size: As in `Unrolled`.
+      warm_start, outer_batch_size: As in `Unrolled`.
     """
 
     warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
-    certify: bool = eqx.field(static=True, default=False, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"
@@ -97,11 +94,12 @@ class RunEstimator(eqx.Module):
     ) -> RunDerivative:
         """Returns the derivative of a run from ``w``."""
 
-    @abc.abstractmethod
     def optimizer_uses_alpha(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
     ) -> Sequence[bool]:
         """Returns which leaves of ``alpha`` the steps use besides the inner loss."""
+        solver: Any = getattr(self, "solver", None)
+        return solver_uses_alpha(solver, problem, w, alpha, inner_data)
 
     def init(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, key: Array | None = None
@@ -133,20 +131,11 @@ class RunEstimator(eqx.Module):
             data.outer_data,
             num_grads=run.num_grads * fraction + 1,  # one for inner_grad_norm
             num_hvps=run.num_hvps * fraction,
-            num_outer_grads=run.num_outer_grads * run.value.size * outer_fraction,
+            num_outer_grads=run.value.size * outer_fraction,
         )
         flags = run.flags | lost_derivative_flags(problem, run.w, alpha)
         if self.differentiates_init:
             flags |= lost_in_init_flags(problem, run.w, alpha)
-        distance = jnp.nan
-        if self.certify and not any(
-            [*in_optimizer, *init_uses_alpha(problem, run.w, alpha)]
-        ):
-            certificate = compute_certificate(
-                problem, data, run.w, alpha, run.hypergradient
-            )
-            distance = certificate.distance
-            costs = jax.tree.map(jnp.add, costs, certificate.stats)
         estimate = make_estimate(
             run.value,
             run.hypergradient,
@@ -155,7 +144,6 @@ class RunEstimator(eqx.Module):
             inner_grad_norm=inner_grad_norm(problem, data, run.w, alpha),
             num_inner_steps=run.num_steps,
             error_estimate=run.error_estimate,
-            distance_to_implicit=distance,
             **costs,
         )
         warm_start = self.warm_start
@@ -212,25 +200,24 @@ def make_final_w_fn(
     checkpoint: bool = False,
     mixed_mode: bool = False,
 ) -> Callable[..., PyTree]:
-    """Returns the differentiable function ``alpha -> w_T``.
+    """Returns the function ``(alpha, halves=None, relative_change=None) -> w_T``.
+
+    It is differentiable by each of its arguments: ``halves`` as in `run_inner_steps`,
+    and the ``relative_change`` of the iterates, as in `perturb_iterate`.
 
     Args:
       solver, problem, data, w: As in `make_run_fn`.
-      truncation_length: Number of last steps that are differentiated. The function then
-        also accepts ``(alpha, older, newer)``: the older half of these steps uses
-        ``older`` in place of ``alpha``, the newer half ``newer``.
-      checkpoint, mixed_mode: As in `run_inner_steps`.
-
-    Returns:
-      The function, which also accepts the ``relative`` change of a `Perturbation`.
+      truncation_length, checkpoint, mixed_mode: As in `run_inner_steps`.
     """
 
     def final_w_fn(
-        alpha: PyTree, *halves: PyTree, relative: PyTree | None = None
+        alpha: PyTree,
+        halves: tuple[PyTree, PyTree] | None = None,
+        relative_change: PyTree | None = None,
     ) -> PyTree:
         before_step = None
-        if relative is not None:
-            before_step = lambda w, key: perturb_iterate(w, key, relative)
+        if relative_change is not None:
+            before_step = lambda w, key: perturb_iterate(w, key, relative_change)
         final_w, _ = run_inner_steps(
             solver,
             problem.inner_loss,
@@ -239,7 +226,7 @@ def make_final_w_fn(
             data.inner_data,
             data.solver_key,
             truncation_length=truncation_length,
-            halves=halves or None,
+            halves=halves,
             checkpoint=checkpoint,
             mixed_mode=mixed_mode,
             before_step=before_step,
@@ -247,37 +234,6 @@ def make_final_w_fn(
         return final_w
 
     return final_w_fn
-
-
-def make_response_fn(
-    solver: IterativeSolver,
-    problem: Bilevel,
-    data: EstimateData,
-    w: PyTree,
-    outer_batch: PyTree,
-    **options: Any,
-) -> Callable[..., tuple[Array, PyTree]]:
-    """Returns the differentiable function ``alpha -> (M(w_T, alpha), w_T)``.
-
-    Args:
-      solver, problem, data, w, outer_batch: As in `make_run_fn`.
-      options: Options of `make_final_w_fn`.
-
-    Returns:
-      The function, which also accepts a ``perturbation`` of the run.
-    """
-    final_w_fn = make_final_w_fn(solver, problem, data, w, **options)
-
-    def response_fn(
-        alpha: PyTree, *halves: PyTree, perturbation: Perturbation | None = None
-    ) -> tuple[Array, PyTree]:
-        relative = None if perturbation is None else perturbation.relative
-        outer_w = final_w = final_w_fn(alpha, *halves, relative=relative)
-        if perturbation is not None:
-            outer_w = shift(final_w, perturbation.outer_shift)
-        return problem.outer_value(outer_w, alpha, outer_batch), final_w
-
-    return response_fn
 
 
 def inner_grad_norm(

@@ -26,6 +26,13 @@ from .rounding import loses_half_of_digits
 MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
 
+def _to_learning_rate(value: Any) -> Any:
+    """Returns a function as it is, and a number as data."""
+    check_not_optax_factory("learning_rate", value)
+    to_number = float_converter("learning_rate", optional=False)
+    return value if callable(value) else to_number(value)
+
+
 class Reversible(RunEstimator):
     """The derivative of ``M(w_T(alpha), alpha)`` through reversible momentum descent.
 
@@ -45,7 +52,7 @@ class Reversible(RunEstimator):
         Required if ``momentum`` is a function, and defaults to ``momentum`` otherwise.
       warm_start: As in `Unrolled`; None means True unless the learning rate or the
         momentum depends on ``alpha``.
-      certify, outer_batch_size: As in `Unrolled`.
+      outer_batch_size: As in `Unrolled`.
 
     Cost: 2 T inner gradients and T Hessian-vector products with their cross term.
     Memory: six vectors like ``w`` and the buffer: 0.15 bits per number and step at a
@@ -55,12 +62,12 @@ class Reversible(RunEstimator):
       to 2^-23 and 2^-15 in float32, which is coarse. An estimate is trusted if no
       number left the range of the integers (65,536, or 128 in float32), the momentum
       stayed in its range, the run came back to its starting point in every bit, and
-      ``error_estimate`` is at most 1e-2. It is twice the standard deviation that the
-      rounding of all steps causes in the outer value, by its adjoints, relative to
+      ``error_estimate`` is at most 1e-2. It is twice the standard deviation of the
+      outer value by the rounding of all steps, computed from the adjoints, relative to
       ``||(|w_0| + |w_T|) dM/dw||``. Without the rounding of the momentum it must also
-      leave the outer value half of its digits: it is at most the root of the relative
-      change by one unit of a velocity. So numbers that the integers do not resolve, and
-      runs that amplify rounding errors, are not trusted.
+      be at most the root of the relative change of the outer value by one unit of the
+      velocities, so that this value keeps half of its digits. Numbers that the integers
+      do not resolve, and runs that amplify rounding errors, are therefore not trusted.
 
     Raises:
       TypeError: ``learning_rate`` or ``momentum`` is an optax function.
@@ -77,10 +84,12 @@ class Reversible(RunEstimator):
     (9.0, True)
     """
 
-    learning_rate: float | Array | Callable[[PyTree], Any]
+    learning_rate: float | Array | Callable[[PyTree], Any] = eqx.field(
+        converter=_to_learning_rate
+    )
     momentum: float | Callable[[PyTree], Any] = eqx.field(static=True)
     num_steps: int = eqx.field(static=True)
-    min_momentum: float = eqx.field(static=True)
+    min_momentum: float | None = eqx.field(static=True, default=None)
 
     citations = ("maclaurin2015",)
     summary = (
@@ -97,42 +106,19 @@ class Reversible(RunEstimator):
         ),
     )
 
-    def __init__(
-        self,
-        learning_rate: float | Array | Callable[[PyTree], Any],
-        momentum: float | Callable[[PyTree], Any],
-        num_steps: int,
-        min_momentum: float | None = None,
-        *,
-        warm_start: bool | None = None,
-        certify: bool = False,
-        outer_batch_size: int | None = None,
-    ):
-        check_positive_int("num_steps", num_steps)
-        check_not_optax_factory("learning_rate", learning_rate)
-        check_not_optax_factory("momentum", momentum)
-        if not callable(learning_rate):
-            to_number = float_converter("learning_rate", optional=False)
-            learning_rate = to_number(learning_rate)
-        if min_momentum is None:
-            if callable(momentum):
-                raise ValueError(
-                    "min_momentum must be given if momentum is a function, because the "
-                    "buffer holds log2(1 / min_momentum) bits per number and step."
-                )
-            min_momentum = float(momentum)
-        if not MIN_MOMENTUM <= min_momentum < 1:
+    def __check_init__(self):
+        check_positive_int("num_steps", self.num_steps)
+        check_not_optax_factory("momentum", self.momentum)
+        if self.min_momentum is None and callable(self.momentum):
             raise ValueError(
-                f"momentum must be in [1/16, 1); got {min_momentum!r}. Use hg.Unrolled "
-                "for descent with less momentum."
+                "min_momentum must be given if momentum is a function, because the "
+                "buffer holds log2(1 / min_momentum) bits per number and step."
             )
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.num_steps = num_steps
-        self.min_momentum = min_momentum
-        self.warm_start = warm_start
-        self.certify = certify
-        self.outer_batch_size = outer_batch_size
+        if not MIN_MOMENTUM <= self._smallest_momentum < 1:
+            raise ValueError(
+                f"momentum must be in [1/16, 1); got {self._smallest_momentum!r}. Use "
+                "hg.Unrolled for descent with less momentum."
+            )
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns a bound far above the error of the resolution."""
@@ -141,7 +127,13 @@ class Reversible(RunEstimator):
     @property
     def num_buffer_bytes(self) -> int:
         """Bytes of the buffer per number of ``w``, besides its 32 bits."""
-        return arithmetic.num_stack_bytes(self.num_steps, self.min_momentum)
+        return arithmetic.num_stack_bytes(self.num_steps, self._smallest_momentum)
+
+    @property
+    def _smallest_momentum(self) -> float:
+        """``min_momentum``, or the momentum if it is the only one."""
+        momentum: Any = self.momentum
+        return float(momentum) if self.min_momentum is None else self.min_momentum
 
     def rate_and_momentum(
         self, alpha: PyTree, step: Array | int

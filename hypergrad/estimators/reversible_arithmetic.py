@@ -13,7 +13,7 @@ velocity is pushed and the remainder is popped. Nothing is lost, and the buffer 
 
 A single fraction would change ``1 / (1 - m)``, the number of steps that the velocity
 remembers: 253/256 for 0.99 remembers 85 steps instead of 100. So n alternates between
-the neighbours of ``m d``, and its mean over the steps is ``m d``.
+the neighbors of ``m d``, and its mean over the steps is ``m d``.
 
 The buffer of a number is an integer, ``remainders``. When it could become too large,
 its lowest byte moves to a stack, at the same step for all numbers.
@@ -64,7 +64,7 @@ def _float_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.int64 else jnp.float32)
 
 
-def is_in_range(x: PyTree) -> Array:
+def floats_are_in_range(x: PyTree) -> Array:
     """Returns True if all floats are at most half of the largest fixed-point number."""
 
     def per_leaf(leaf):
@@ -75,7 +75,7 @@ def is_in_range(x: PyTree) -> Array:
     return jnp.all(jnp.stack([per_leaf(leaf) for leaf in jax.tree.leaves(x)]))
 
 
-def are_in_range(x: PyTree) -> Array:
+def integers_are_in_range(x: PyTree) -> Array:
     """Returns True if integers are at most half of the largest one.
 
     The sum of two such integers does not wrap around.

@@ -33,7 +33,8 @@ class Carry(eqx.Module):
     """A point of the run and the adjoints there.
 
     Attributes:
-      w, v: Weights and velocities as fixed-point integers.
+      w, v: Weights and velocities as fixed-point integers. Here ``v`` is the velocity
+        and not an adjoint.
       buffer: The bits that the multiplications of ``v`` have discarded.
       w_bar, v_bar: The adjoints ``dM/dw_t`` and ``dM/dv_t``; zero on the way forward.
       alpha_bar: ``dM/dalpha`` summed over the steps that were undone. Sums are at least
@@ -125,7 +126,8 @@ class MomentumSteps:
         """Moves from ``w_{t-1}`` to ``w_t = w_{t-1} - r_{t-1} v_t``."""
         displacement = self._displacement(carry, t)
         w = jax.tree.map(jnp.subtract, carry.w, displacement)
-        is_in_range = arithmetic.are_in_range((displacement, w)) & carry.is_in_range
+        is_in_range = arithmetic.integers_are_in_range((displacement, w))
+        is_in_range &= carry.is_in_range
         return dataclasses.replace(carry, w=w, is_in_range=is_in_range)
 
     def undo_update_w(self, carry: Carry, t: Array | int) -> Carry:
@@ -153,9 +155,10 @@ class MomentumSteps:
         _, momentum = self.estimator.rate_and_momentum(self.alpha, t)
         buffer, v = arithmetic.multiply(carry.buffer, carry.v, momentum, t)
         v = jax.tree.map(lambda v, g: v + arithmetic.to_fixed_point(g), v, g)
-        is_in_range = arithmetic.is_in_range(g) & arithmetic.are_in_range(v)
+        is_in_range = arithmetic.floats_are_in_range(g)
+        is_in_range &= arithmetic.integers_are_in_range(v)
         is_in_range &= arithmetic.is_valid_momentum(momentum)
-        is_in_range = carry.is_in_range & is_in_range
+        is_in_range &= carry.is_in_range
         return dataclasses.replace(carry, v=v, buffer=buffer, is_in_range=is_in_range)
 
     def undo_update_v(self, carry: Carry, t: Array, g: PyTree, batch: PyTree) -> Carry:

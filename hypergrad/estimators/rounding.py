@@ -11,8 +11,6 @@ In forward mode the tangent ``z_T`` of random errors ``u_t`` is the change of ``
 and ``||z_T dM/dw||`` takes the place of the sum.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,26 +20,16 @@ from ..certificate import TRUST_RTOL
 from ..trees import divide, power_of_two_scale, ratio, safe_norm, scale, widen
 
 
-class Perturbation(NamedTuple):
-    """Arguments of a run that are zero, and by which it is differentiated.
+def zero_perturbation(w: PyTree) -> PyTree:
+    """Returns the relative change of ``w`` that is zero.
 
-    Attributes:
-      relative: Structured like ``w``, the relative change of each iterate, with a
-        random sign for each step.
-      outer_shift: Structured like ``w``, the change of ``w`` in the outer loss.
+    A run is differentiated by it at this point.
     """
-
-    relative: PyTree
-    outer_shift: PyTree
-
-    @classmethod
-    def zero(cls, w: PyTree) -> "Perturbation":
-        """Returns the perturbation that changes nothing."""
-        return cls(optax.tree.zeros_like(widen(w)), optax.tree.zeros_like(w))
+    return optax.tree.zeros_like(widen(w))
 
 
-def random_perturbation(w: PyTree, size: Array) -> Perturbation:
-    """Returns a perturbation of each entry of ``w``, with random signs.
+def random_perturbation(w: PyTree, size: Array) -> PyTree:
+    """Returns a relative change of each entry of ``w``, with random signs.
 
     The entries are ``size`` times the rounding errors of a leaf relative to those of
     the coarsest leaf.
@@ -51,48 +39,31 @@ def random_perturbation(w: PyTree, size: Array) -> Perturbation:
     signs = lambda key, x: jax.random.rademacher(key, x.shape, x.dtype)
     signs = jax.tree.map(signs, jax.tree.unflatten(structure, keys), widen(w))
     weights = jax.tree.unflatten(structure, [x / max(leaves) for x in leaves])
-    relative = jax.tree.map(lambda x, s: (size * x * s).astype(s.dtype), weights, signs)
-    return Perturbation(relative, optax.tree.zeros_like(w))
+    return jax.tree.map(lambda x, s: (size * x * s).astype(s.dtype), weights, signs)
 
 
 @jax.custom_jvp
-def perturb(w: PyTree, relative: PyTree) -> PyTree:
-    """Returns ``w``, with the derivative of ``w (1 + relative)`` at ``relative = 0``.
+def perturb(w: PyTree, relative_change: PyTree) -> PyTree:
+    """Returns ``w``, with the derivative of ``w (1 + relative_change)`` at zero.
 
     No operation is added to the program but in its derivative.
     """
-    del relative
+    del relative_change
     return w
 
 
 @perturb.defjvp
 def _perturb_jvp(primals, tangents):
-    (w, _), (w_dot, relative_dot) = primals, tangents
+    (w, _), (w_dot, change_dot) = primals, tangents
     add = lambda x_dot, x, r_dot: x_dot + (x * r_dot).astype(x.dtype)
-    return w, jax.tree.map(add, w_dot, w, relative_dot)
+    return w, jax.tree.map(add, w_dot, w, change_dot)
 
 
-@jax.custom_jvp
-def shift(w: PyTree, outer_shift: PyTree) -> PyTree:
-    """Returns ``w``, with the derivative of ``w + outer_shift``."""
-    del outer_shift
-    return w
-
-
-@shift.defjvp
-def _shift_jvp(primals, tangents):
-    return primals[0], optax.tree.add(*tangents)
-
-
-def perturb_iterate(w: PyTree, key: Array, relative: PyTree) -> PyTree:
+def perturb_iterate(w: PyTree, key: Array, relative_change: PyTree) -> PyTree:
     """Returns the iterate before a step with this key, perturbed with a random sign."""
-    return perturb(w, scale(random_sign(key), relative))
-
-
-def random_sign(key: Array) -> Array:
-    """Returns 1 or -1, from the last bit of a key."""
     last_bit = jax.random.key_data(key).ravel()[-1] & 1
-    return 1 - 2 * last_bit.astype(jnp.int8)
+    sign = 1 - 2 * last_bit.astype(jnp.int8)
+    return perturb(w, scale(sign, relative_change))
 
 
 def roundings(w: PyTree) -> PyTree:
@@ -113,24 +84,29 @@ def reference_change(outer_grad: PyTree, init_w: PyTree, final_w: PyTree) -> Arr
     return safe_norm(jax.tree.map(product, *map(widen, (outer_grad, init_w, final_w))))
 
 
-def is_ill_conditioned(
-    derivative: Perturbation, init_w: PyTree, final_w: PyTree
+def amplifies_rounding_in_reverse_mode(
+    derivative: PyTree, outer_grad: PyTree, init_w: PyTree, final_w: PyTree
 ) -> Array:
     """Returns True if the steps amplify rounding errors, or ``dM/dw`` underflows.
 
     Args:
-      derivative: Derivative of the outer value by the perturbation.
+      derivative: Derivative of the outer value by the relative change of the iterates.
+      outer_grad: ``dM/dw``.
       init_w, final_w: The first and the last iterate of the run.
     """
-    error = relative_rounding_error(derivative, init_w, final_w)
-    is_amplified = loses_half_of_digits(error, max_rounding(init_w))
-    return is_amplified | _underflows(derivative.outer_shift)
+    underflows = _underflows(outer_grad)
+    unit = power_of_two_scale(outer_grad)
+    errors = jax.tree.map(jnp.multiply, _relative_roundings(init_w), derivative)
+    deviation = safe_norm(divide(errors, unit))
+    outer_grad = divide(outer_grad, unit)
+    error = ratio(deviation, reference_change(outer_grad, init_w, final_w))
+    return loses_half_of_digits(error, max_rounding(init_w)) | underflows
 
 
-def amplifies_rounding(
+def amplifies_rounding_in_forward_mode(
     tangent: PyTree, outer_grad: PyTree, init_w: PyTree, final_w: PyTree
 ) -> Array:
-    """Returns the same as `is_ill_conditioned`, in forward mode.
+    """Returns True if the steps amplify rounding errors, or ``dM/dw`` underflows.
 
     Args:
       tangent: Derivative of ``w_T`` by the size of a `random_perturbation`.
@@ -147,9 +123,9 @@ def amplifies_rounding(
 
 
 def _underflows(outer_grad: PyTree) -> Array:
-    """Returns True if ``dM/dw`` is below the normal numbers of float16, which it has.
+    """Returns True if all of a float16 ``dM/dw`` is below the normal range.
 
-    It may be exactly 0 then because it was rounded, as that of a mean of many outputs.
+    Rounding may then have made it exactly 0, as it does to a mean of many outputs.
     """
     leaves = jax.tree.leaves(outer_grad)
     if all(leaf.dtype != jnp.float16 for leaf in leaves):
@@ -159,10 +135,10 @@ def _underflows(outer_grad: PyTree) -> Array:
 
 
 def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:
-    """Returns True unless an outer value keeps half of its digits, and 1e-2 of it.
+    """Returns True if rounding changes an outer value by 1%, or in half of its digits.
 
-    Where it loses more, the run is chaotic: errors of the hypergradient, a second
-    derivative of the steps, grow as the square of the amplification.
+    The run is chaotic then: errors of the hypergradient, a second derivative of the
+    steps, grow as the square of the amplification.
 
     Args:
       error: Relative error of the outer value by the rounding of all steps.
@@ -174,24 +150,3 @@ def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:
 def max_rounding(w: PyTree) -> float:
     """Returns the relative rounding error of the coarsest leaf, as in `roundings`."""
     return max(jax.tree.leaves(_relative_roundings(w)))
-
-
-def relative_rounding_error(
-    derivative: Perturbation, init_w: PyTree, final_w: PyTree
-) -> Array:
-    """Estimates the standard deviation of the outer value by rounding.
-
-    Args:
-      derivative: Derivative of the outer value by the perturbation.
-      init_w, final_w: Ends of the run.
-
-    Returns:
-      The standard deviation relative to `reference_change`; 0 if it is 0.
-    """
-    unit = power_of_two_scale(derivative.outer_shift)
-    outer_grad = divide(derivative.outer_shift, unit)
-    errors = jax.tree.map(
-        jnp.multiply, _relative_roundings(init_w), derivative.relative
-    )
-    errors = divide(errors, unit)
-    return ratio(safe_norm(errors), reference_change(outer_grad, init_w, final_w))

@@ -1,8 +1,6 @@
 """Reverse mode through the inner run, and the choice between both modes."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,9 +10,9 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..checks.lost_derivatives import lost_in_step_flags
-from ..checks.problem import check_steps_use_alpha, solver_uses_alpha
+from ..checks.problem import check_steps_use_alpha
 from ..inner.base import IterativeSolver, grads_per_step
-from ..inner.descent import split_steps, uses_checkpoints
+from ..inner.descent import has_segments, split_steps
 from ..inner.storage import StepSizes, Storage, choose_storage
 from ..keys_in_w import bind_keys
 from ..method_summary import MethodSummary
@@ -28,9 +26,13 @@ from .inner_run import (
     RunEstimator,
     check_differentiable,
     check_differentiable_run,
-    make_response_fn,
+    make_final_w_fn,
 )
-from .rounding import Perturbation, is_ill_conditioned, perturb_iterate
+from .rounding import (
+    amplifies_rounding_in_reverse_mode,
+    perturb_iterate,
+    zero_perturbation,
+)
 
 MAX_FORWARD_PARAMS = 3
 MAX_STORED_BYTES = 1_500_000_000
@@ -56,9 +58,6 @@ class Unrolled(RunEstimator):
         unless the solver depends on ``alpha``: learning rates and schedules are
         compared from the same starting point. The starting point is a constant of the
         derivative, unless the problem's ``init_fn`` computes it from ``alpha``.
-      certify: Whether a certificate measures ``distance_to_implicit``, the relative
-        distance to the derivative at the argmin. It is NaN if the optimizer or the
-        starting point depends on ``alpha``.
       outer_batch_size: Number of examples for the outer gradient, sampled once per
         estimate. Defaults to all examples.
 
@@ -81,8 +80,9 @@ class Unrolled(RunEstimator):
       state before the last K steps is a constant.
     Trust: values are finite, no derivative is lost, and the steps do not amplify
       rounding errors, so that a chaotic run is not trusted: the rounding of the
-      iterates must leave the outer value half of its digits, and 1e-2 of it. The
-      reverse pass yields this for one product of vectors like ``w`` per step.
+      iterates must not change the outer value by more than 1%, or in more than half of
+      its digits. The reverse pass yields this for one product of vectors like ``w`` per
+      step.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
     Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000;
@@ -173,12 +173,6 @@ class Unrolled(RunEstimator):
             check_steps_use_alpha(self.solver, problem, w, alpha, advice)
         return super().init(problem, w, alpha, key)
 
-    def optimizer_uses_alpha(
-        self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
-    ) -> Sequence[bool]:
-        """Returns which leaves of ``alpha`` the solver uses besides the inner loss."""
-        return solver_uses_alpha(self.solver, problem, w, alpha, inner_data)
-
     def storage(self, problem: Bilevel, w: PyTree, alpha: PyTree) -> Storage:
         """Returns what the reverse pass of an estimate stores, and its bytes.
 
@@ -199,10 +193,8 @@ class Unrolled(RunEstimator):
         """
         problem, w = bind_keys(problem, w)
         inner_data, _ = eqx.filter_eval_shape(Bilevel.sample_data, problem, KEY_SHAPE)
-        storage_fn = lambda *args: choices.append(self._choose_storage(*args))
-        choices: list[Storage] = []
-        eqx.filter_eval_shape(storage_fn, problem, w, alpha, inner_data)
-        return choices[0]
+        storage_fn = lambda *args: self._choose_storage(*args)
+        return eqx.filter_eval_shape(storage_fn, problem, w, alpha, inner_data)
 
     def _choose_storage(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
@@ -211,7 +203,7 @@ class Unrolled(RunEstimator):
         sizes = StepSizes(*args)
         if not self.is_truncated:
             # The perturbation of a step, a factor of its iterate, stores the iterate.
-            sizes = StepSizes(*args, perturb_iterate, Perturbation.zero(w).relative)
+            sizes = StepSizes(*args, perturb_iterate, zero_perturbation(w))
         return choose_storage(
             sizes, self.num_backward_steps, self.checkpoint, self.max_stored_bytes
         )
@@ -221,54 +213,52 @@ class Unrolled(RunEstimator):
     ) -> RunDerivative:
         """Returns the derivative by one run forward and one reverse pass."""
         storage = self._choose_storage(problem, w, alpha, data.inner_data)
-        response_fn = make_response_fn(
+        final_w_fn = make_final_w_fn(
             self.solver,
             problem,
             data,
             w,
-            data.outer_batch(self.outer_batch_size),
             truncation_length=self.truncation_length,
             checkpoint=storage.checkpoint,
             mixed_mode=storage.mixed_mode,
         )
-        num_backward = self.num_backward_steps
-        # A truncated run takes alpha three times, so that the contributions of the
-        # older and of the newer half of its steps are known separately.
-        args = (alpha, alpha, alpha)
-        if not self.is_truncated:
-            args = (alpha, Perturbation.zero(w))
-            response_fn = _make_perturbed_fn(response_fn)
-        value, pullback, final_w = jax.vjp(response_fn, *args, has_aux=True)
-        cotangents = jnp.eye(value.size, dtype=value.dtype)
-        cotangents = cotangents.reshape(problem.value_shape + value.shape)
-        terms = problem.for_each_loss(pullback)(cotangents)
+        # The two halves of the steps of a truncated run have copies of alpha, so that
+        # their contributions are known separately.
+        halves = (alpha, alpha) if self.is_truncated else None
+        relative_change = None if self.is_truncated else zero_perturbation(w)
+        final_w, pullback = jax.vjp(final_w_fn, alpha, halves, relative_change)
+        value, outer_grad, direct = problem.outer_value_and_grads(
+            final_w, alpha, data.outer_batch(self.outer_batch_size)
+        )
+        indirect, halves, derivative = problem.for_each_loss(pullback)(outer_grad)
+        # dF/dalpha = dM/dalpha + (dw_T/dalpha)' dM/dw
+        hypergradient = optax.tree.add(direct, indirect)
+        num_steps, num_backward = self.solver.num_steps, self.num_backward_steps
+        lost = lost_in_step_flags(self.solver, problem, w, alpha)
         if self.is_truncated:
-            hypergradient = functools.reduce(optax.tree.add, terms)
-            amplifies_rounding = jnp.asarray(False)
+            hypergradient = functools.reduce(optax.tree.add, halves, hypergradient)
+            error_fn = functools.partial(truncation_error, num_backward, num_steps)
+            errors = problem.for_each_loss(error_fn)(hypergradient, *halves)
+            error_estimate = jnp.max(errors)
+            # Constants, so that the estimate can be known to be untrusted.
+            flags = {"truncated": True, **lost}
+            segments = split_steps(num_backward)
         else:
-            hypergradient, derivative = terms
             check_fn = functools.partial(
-                is_ill_conditioned,
+                amplifies_rounding_in_reverse_mode,
                 init_w=problem.init_inner(w, alpha),
                 final_w=final_w,
             )
-            is_amplified = problem.for_each_loss(check_fn)(derivative)
-            amplifies_rounding = jnp.any(is_amplified)
-        flags = {
-            "not_finite": ~all_finite(value, hypergradient, final_w),
-            "rounding_error": amplifies_rounding,
-            **lost_in_step_flags(self.solver, problem, w, alpha),
-        }
-        error_estimate: Array | float = 0.0
-        segments = (num_backward,)
-        if self.is_truncated:
-            # Both are constants, so that the estimate can be known to be untrusted.
-            lost = lost_in_step_flags(self.solver, problem, w, alpha)
-            flags = {"truncated": True, **lost}
-            error_estimate = self._truncation_error(problem, hypergradient, terms)
-            segments = split_steps(num_backward)
+            is_amplified = problem.for_each_loss(check_fn)(derivative, outer_grad)
+            error_estimate = 0.0
+            flags = {
+                "not_finite": ~all_finite(value, hypergradient, final_w),
+                "rounding_error": jnp.any(is_amplified),
+                **lost,
+            }
+            segments = (num_backward,)
         num_recomputed = sum(
-            n for n in segments if storage.checkpoint and uses_checkpoints(n)
+            n for n in segments if storage.checkpoint and has_segments(n)
         )
         num_grads = grads_per_step(self.solver)
         return RunDerivative(
@@ -276,27 +266,11 @@ class Unrolled(RunEstimator):
             hypergradient,
             final_w,
             flags,
-            num_steps=self.solver.num_steps,
-            num_grads=num_grads * (self.solver.num_steps + num_recomputed),
+            num_steps=num_steps,
+            num_grads=num_grads * (num_steps + num_recomputed),
             num_hvps=num_grads * num_backward * value.size,
             error_estimate=error_estimate,
         )
-
-    def _truncation_error(
-        self, problem: Bilevel, hypergradient: PyTree, terms: tuple[PyTree, ...]
-    ) -> Array:
-        """Returns the maximum of `truncation_error` over the outer losses."""
-        _, older, newer = terms
-        error_fn = functools.partial(
-            truncation_error, self.num_backward_steps, self.solver.num_steps
-        )
-        errors = problem.for_each_loss(error_fn)(hypergradient, older, newer)
-        return jnp.max(errors)
-
-
-def _make_perturbed_fn(response_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns ``response_fn`` as a function of ``alpha`` and of a perturbation."""
-    return lambda alpha, perturbation: response_fn(alpha, perturbation=perturbation)
 
 
 def truncation_error(
@@ -340,7 +314,6 @@ def unrolled_estimator(
     alpha: PyTree,
     *,
     warm_start: bool | None = None,
-    certify: bool = False,
     outer_batch_size: int | None = None,
 ) -> Forward | Unrolled:
     """Returns the estimator through all steps, in the mode that suits ``alpha``.
@@ -349,7 +322,7 @@ def unrolled_estimator(
       solver: Inner solver with differentiable iterations.
       alpha: Hyperparameters of the intended structure, or their shapes; N numbers in
         total.
-      warm_start, certify, outer_batch_size: As in `Unrolled`.
+      warm_start, outer_batch_size: As in `Unrolled`.
 
     Returns:
       `Forward` if N is at most 3: T gradients and (N + 1) T products, batched, in
@@ -365,9 +338,4 @@ def unrolled_estimator(
     """
     num_params = sum(map(np.size, jax.tree.leaves(alpha)))
     estimator = Forward if num_params <= MAX_FORWARD_PARAMS else Unrolled
-    return estimator(
-        solver,
-        warm_start=warm_start,
-        certify=certify,
-        outer_batch_size=outer_batch_size,
-    )
+    return estimator(solver, warm_start=warm_start, outer_batch_size=outer_batch_size)

@@ -6,25 +6,19 @@ most of the error. Where an estimate would be trusted, and its distance to the a
 not negligible, both systems are therefore solved as by `hypergrad.certify`.
 """
 
-import functools
-
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Scalar
 
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel
 from ..trees import apply_unless
 from .differentiation import (
     ImplicitResult,
+    Point,
     all_solved,
     any_negative_curvature,
-    corrected_hypergradient,
     count_products,
-    max_relative_error,
-    newton_step,
 )
 from .error import HypergradientError
-from .minimum import within_rounding
 from .newton_correction import check_correction, correct_by_newton
 
 #: Part of the tolerance below which ``relative_change`` needs no confirmation. On
@@ -35,11 +29,7 @@ MIN_MAX_STEPS = 25  # that both solves may take, however short that of the adjoi
 
 
 def confirm_error(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     result: ImplicitResult,
     error: HypergradientError,
@@ -57,7 +47,7 @@ def confirm_error(
     increases ``||S dL/dw||`` beyond rounding. Any other error stays as it is.
 
     Args:
-      problem, w, alpha, batch, outer_batch, scaling: As for `scaled_hypergradient`.
+      point, scaling: As for `scaled_hypergradient`.
       result: Implicit differentiation at this point.
       error: Its error as `estimate_error` returns it.
       rtol: Relative error up to which the hypergradient is trusted.
@@ -67,7 +57,6 @@ def confirm_error(
 
     Cost: two solves, two products and an outer gradient per loss where it decides.
     """
-    loss = problem.inner_loss
     largest_error = jnp.maximum(error.inner_error, error.adjoint_error)
     # A confirmation costs at most two solves as long as the one for the adjoint.
     num_products = jnp.max(result.linear_stats["num_products"])
@@ -76,30 +65,19 @@ def confirm_error(
         (largest_error <= rtol) & ~error.negative_curvature
     )
 
-    def take_step(w, inner_grad):
-        new_w, stats = newton_step(
-            loss, w, alpha, batch, inner_grad, scaling, SOLVE_RTOL, max_steps
-        )
-        return within_rounding(new_w), stats
-
-    differentiate = lambda w, adjoint: corrected_hypergradient(
-        problem, w, alpha, batch, outer_batch, scaling, adjoint, SOLVE_RTOL, max_steps
-    )
-
     def confirm(_):
         correction = correct_by_newton(
-            w,
+            point,
+            scaling,
             result.hypergradient,
             result.adjoint,
             result.inner_grad,
-            take_step,
-            differentiate,
-            functools.partial(max_relative_error, problem),
             num_newton_steps=1,
+            rtol=SOLVE_RTOL,
+            max_steps=max_steps,
+            changes_rounding=True,
         )
-        checks = check_correction(
-            correction, result.inner_grad, scaling, loss, alpha, batch
-        )
+        checks = check_correction(correction, result.inner_grad, scaling, point)
         is_confirmed = all_solved(checks.solves) & ~checks.is_increased
         is_confirmed &= ~any_negative_curvature(checks.solves)
         change = jnp.where(is_confirmed, correction.last_change, jnp.inf)

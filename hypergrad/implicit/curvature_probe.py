@@ -2,16 +2,22 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Scalar
 
 from ..linear.cg import extreme_ritz_values, run_recurrence
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel
-from ..products import hvp
-from ..trees import add_scale, divide, norm, power_of_two_below, random_like, vdot
+from ..trees import (
+    add_scale,
+    divide,
+    machine_eps,
+    norm,
+    power_of_two_below,
+    random_like,
+    vdot,
+)
+from .differentiation import Point
 
 MAX_PROBE_STEPS = 1000
 MISS_PROBABILITY = 0.01  # of `Probe.resolution`
@@ -35,10 +41,7 @@ class Probe(NamedTuple):
 
 
 def probe_curvature(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
+    point: Point,
     scaling: Scaling,
     key: Array,
     num_steps: Array | int,
@@ -57,7 +60,7 @@ def probe_curvature(
     ``curvature_max``: the curvature must be below ``-delta`` to count as negative.
 
     Args:
-      problem, w, alpha, batch: Arguments of the inner loss.
+      point: Where the curvature is probed.
       scaling: ``S``.
       key: PRNG key of the random vector.
       num_steps: Maximum number of steps.
@@ -65,10 +68,10 @@ def probe_curvature(
 
     Source: Kuczynski & Wozniakowski 1992, theorem 4.2.
     """
-    scaled_hvp = scaling.matvec(lambda v: hvp(problem.inner_loss, w, alpha, batch, v))
-    z = random_like(key, w)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(w))
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(w))).eps)
+    scaled_hvp = scaling.matvec(point.matvec)
+    z = random_like(key, point.w)
+    dimension = optax.tree.size(point.w)
+    eps = machine_eps(point.w)
     curvature_max = jnp.asarray(curvature_max)
     # Curvatures along residuals that are as small as rounding would underflow.
     unit = power_of_two_below(curvature_max)

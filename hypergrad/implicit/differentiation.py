@@ -6,7 +6,7 @@ theorem gives the hypergradient ``dM/dalpha - J' v``, where the adjoint ``v`` so
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,16 +16,17 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ..keys_in_w import remove_keys, restore_keys
-from ..linear.base import LinearStats, relative_residual, solve_linear
+from ..linear.base import LinearStats, MatVec, relative_residual, solve_linear
 from ..linear.equilibration import Scaling
 from ..linear.scaled_cg import ScaledSolution, scaled_cg
 from ..problem import Bilevel
-from ..products import Loss, hvp, hvp_and_cross_vjp
+from ..products import hvp, hvp_and_cross_vjp
 from ..trees import (
     add_scale,
     all_finite,
     apply_unless,
     is_zero,
+    machine_eps,
     norm_ratio,
     relative_error,
     safe_norm,
@@ -41,6 +42,28 @@ EMPTY_LINEAR_STATS: dict[str, Any] = {
     "ritz_max": jnp.nan,
     "negative_curvature": False,
 }
+
+
+class Point(NamedTuple):
+    """A problem and the point at which it is differentiated.
+
+    Attributes:
+      problem: The bilevel problem.
+      w, alpha: The point.
+      batch, outer_batch: Batches of the inner and the outer loss.
+    """
+
+    problem: Bilevel
+    w: PyTree
+    alpha: PyTree
+    batch: PyTree
+    outer_batch: PyTree
+
+    @property
+    def matvec(self) -> MatVec:
+        """The function ``v -> H v``."""
+        # A lambda, because JAX hashes bound methods by value, arrays included.
+        return lambda v: hvp(self.problem.inner_loss, self.w, self.alpha, self.batch, v)
 
 
 class ImplicitResult(eqx.Module):
@@ -73,12 +96,8 @@ class ImplicitResult(eqx.Module):
 
 
 def implicit_hypergradient(
-    problem: Bilevel,
+    point: Point,
     linear_solver: lx.AbstractLinearSolver,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
     init_adjoint: PyTree,
     damping: Array | float = 0.0,
     prepared: PyTree = None,
@@ -88,10 +107,8 @@ def implicit_hypergradient(
     """Returns ``dM/dalpha - J' v`` with ``(H + damping I) v = dM/dw``.
 
     Args:
-      problem: The bilevel problem.
+      point: Where the derivatives are taken.
       linear_solver: Solver of the adjoint system.
-      w, alpha: Point of differentiation.
-      batch, outer_batch: Batches of the inner and the outer loss.
       init_adjoint: Where an iterative solver starts; structured like `zero_adjoint`.
       damping: Number added to the diagonal of ``H`` in the solve.
       prepared: Data that the linear solver reuses from an earlier ``H``, or None.
@@ -99,7 +116,7 @@ def implicit_hypergradient(
         still computed with ``H``; nothing else is then known of its spectrum.
       scaling: Diagonal scaling of ``H + damping I``, if it is known.
     """
-    matvec = damped_hvp_fn(problem, w, alpha, batch, damping, hvp_fn)
+    matvec = damped_hvp_fn(point, damping, hvp_fn)
 
     def solve(b, init_v):
         # (H + damping I) v = b
@@ -112,18 +129,12 @@ def implicit_hypergradient(
             linear_stats["negative_curvature"] = jnp.asarray(False)
         return v, linear_stats, None
 
-    result, _ = _differentiate(
-        problem, w, alpha, batch, outer_batch, solve, init_adjoint, relative_residual
-    )
+    result, _ = _differentiate(point, solve, init_adjoint, relative_residual)
     return result
 
 
 def scaled_hypergradient(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     subspace: PyTree,
     *,
@@ -134,7 +145,7 @@ def scaled_hypergradient(
     """Returns ``dM/dalpha - J' v`` with ``H v = dM/dw`` solved by `scaled_cg`.
 
     Args:
-      problem, w, alpha, batch, outer_batch: As for `implicit_hypergradient`.
+      point: Where the derivatives are taken.
       scaling: Diagonal scaling ``S`` of ``H``.
       subspace: Vectors ``[k, ...]`` that the search space contains, such as earlier
         solutions; with K outer losses ``[K, k, ...]``.
@@ -144,11 +155,10 @@ def scaled_hypergradient(
       The result, whose ``adjoint_residual`` is ``||S (b - H v)|| / ||S b||``, and the
       solution of the adjoint system, with a leading axis of size K for K outer losses.
     """
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
 
     def solve(b, subspace):
         solution = scaled_cg(
-            matvec,
+            point.matvec,
             b,
             scaling,
             rtol=rtol,
@@ -161,17 +171,11 @@ def scaled_hypergradient(
     residual = lambda b, Hv: relative_residual(
         scaling.multiply(b), scaling.multiply(Hv)
     )
-    return _differentiate(
-        problem, w, alpha, batch, outer_batch, solve, subspace, residual
-    )
+    return _differentiate(point, solve, subspace, residual)
 
 
 def corrected_hypergradient(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     adjoint: PyTree,
     rtol: float,
@@ -180,7 +184,7 @@ def corrected_hypergradient(
     """Returns ``dM/dalpha - J' (v + e)`` with ``H e = dM/dw - H v``, by `scaled_cg`.
 
     Args:
-      problem, w, alpha, batch, outer_batch, scaling: As for `scaled_hypergradient`.
+      point, scaling: As for `scaled_hypergradient`.
       adjoint: ``v``, structured like `zero_adjoint`.
       rtol: Residual of the solve relative to its own right-hand side, which resolves
         slow directions that the solve for ``v`` left.
@@ -188,13 +192,13 @@ def corrected_hypergradient(
 
     Cost: one product in addition to those of the solve, if ``v`` is not zero.
     """
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
+    matvec = point.matvec
 
     def solve(b, v):
         has_no_v = is_zero(v)
         r = apply_unless(has_no_v, lambda b: optax.tree.sub(b, matvec(v)), b)
         # What is below the rounding of H v is noise.
-        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
+        eps = machine_eps(b)
         noise = 4 * eps * norm_ratio(scaling.multiply(b), scaling.multiply(r))
         min_rtol = jnp.fmin(noise, 1.0)  # r may be zero
         solution = scaled_cg(
@@ -208,18 +212,12 @@ def corrected_hypergradient(
         linear_stats["num_products"] += jnp.where(has_no_v, 0, 1)
         return optax.tree.add(v, solution.v), linear_stats, None
 
-    result, _ = _differentiate(
-        problem, w, alpha, batch, outer_batch, solve, adjoint, relative_residual
-    )
+    result, _ = _differentiate(point, solve, adjoint, relative_residual)
     return result
 
 
 def _differentiate(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     solve: Callable[[PyTree, PyTree], tuple[PyTree, LinearStats, Any]],
     init: PyTree,
     residual_fn: Callable[[PyTree, PyTree], Array],
@@ -229,13 +227,15 @@ def _differentiate(
     ``solve(b, init)`` returns ``v``, statistics and anything else for one outer loss;
     ``residual_fn(b, H v)`` is the statistic ``adjoint_residual``.
     """
-    loss = problem.inner_loss
+    problem, w, alpha, batch, outer_batch = point
     value, b, direct = problem.outer_value_and_grads(w, alpha, outer_batch)
 
     def solve_adjoint(b, init):
         v, linear_stats, solution = solve(b, init)
         # One more product yields dL/dw, J' v, and the H v of the true residual.
-        inner_grad, Hv, cross = hvp_and_cross_vjp(loss, w, alpha, batch, v)
+        inner_grad, Hv, cross = hvp_and_cross_vjp(
+            problem.inner_loss, w, alpha, batch, v
+        )
         linear_stats["num_products"] += 1
         linear_stats["negative_curvature"] |= vdot(v, Hv) < 0
         residuals = optax.tree.sub(b, Hv), residual_fn(b, Hv)
@@ -260,21 +260,16 @@ def _differentiate(
     return result, solution
 
 
-def damped_hvp_fn(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    damping: Array | float,
-    hvp_fn: HvpFn | None,
-) -> Callable[[PyTree], PyTree]:
+def damped_hvp_fn(point: Point, damping: Array | float, hvp_fn: HvpFn | None) -> MatVec:
     """Returns the function ``v -> (H + damping I) v``.
 
     ``hvp_fn`` replaces ``H v`` unless it is None.
     """
-    loss_hvp = lambda *args: hvp(problem.inner_loss, *args)
-    product = loss_hvp if hvp_fn is None else _with_keys(hvp_fn, problem.keys_of_w)
-    return lambda v: add_scale(product(w, alpha, batch, v), damping, v)
+    matvec = point.matvec
+    if hvp_fn is not None:
+        product = _with_keys(hvp_fn, point.problem.keys_of_w)
+        matvec = lambda v: product(point.w, point.alpha, point.batch, v)
+    return lambda v: add_scale(matvec(v), damping, v)
 
 
 def _with_keys(hvp_fn: HvpFn, keys: PyTree | None) -> HvpFn:
@@ -315,26 +310,21 @@ def max_relative_error(problem: Bilevel, actual: PyTree, expected: PyTree) -> Ar
 
 
 def newton_step(
-    loss: Loss,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
+    point: Point,
     inner_grad: PyTree,
     scaling: Scaling,
     rtol: Array | float,
     max_steps: Array | int | None = None,
 ) -> tuple[PyTree, LinearStats]:
     """Returns ``w - d`` with ``H d = dL/dw``, and the statistics of `scaled_cg`."""
-    matvec = lambda v: hvp(loss, w, alpha, batch, v)
-    solution = scaled_cg(matvec, inner_grad, scaling, rtol=rtol, max_steps=max_steps)
-    return add_scale(w, -1, solution.v), solution.linear_stats
+    solution = scaled_cg(
+        point.matvec, inner_grad, scaling, rtol=rtol, max_steps=max_steps
+    )
+    return add_scale(point.w, -1, solution.v), solution.linear_stats
 
 
 def safeguarded_newton_steps(
-    loss: Loss,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
+    point: Point,
     inner_grad: PyTree,
     scaling: Scaling,
     rtols: Sequence[Array | float],
@@ -346,8 +336,8 @@ def safeguarded_newton_steps(
     curvature, is rejected.
 
     Args:
-      loss, w, alpha, batch: The inner loss and its arguments.
-      inner_grad: ``dL/dw`` at ``w``.
+      point: Where the first step starts.
+      inner_grad: ``dL/dw`` there.
       scaling: Diagonal scaling ``S`` of ``H``.
       rtols: Tolerance of CG in each step; as many steps are made.
       total_linear_stats: Statistics of earlier solves.
@@ -355,17 +345,15 @@ def safeguarded_newton_steps(
     Cost: one gradient per step in addition to the products.
     """
     for rtol in rtols:
-        new_w, linear_stats = newton_step(
-            loss, w, alpha, batch, inner_grad, scaling, rtol
-        )
-        new_grad = jax.grad(loss)(new_w, alpha, batch)
+        new_w, linear_stats = newton_step(point, inner_grad, scaling, rtol)
+        new_grad = jax.grad(point.problem.inner_loss)(new_w, point.alpha, point.batch)
         scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
         is_accepted = scaled_norm(new_grad) < scaled_norm(inner_grad)
         is_accepted = is_accepted & ~linear_stats["negative_curvature"]
-        w = optax.tree.where(is_accepted, new_w, w)
+        point = point._replace(w=optax.tree.where(is_accepted, new_w, point.w))
         inner_grad = optax.tree.where(is_accepted, new_grad, inner_grad)
         total_linear_stats = merge_linear_stats(total_linear_stats, linear_stats)
-    return w, total_linear_stats
+    return point.w, total_linear_stats
 
 
 # Statistics of several solves.
@@ -380,16 +368,6 @@ def count_products(linear_stats: LinearStats) -> Array:
     num_shared = linear_stats["num_shared"]
     num_unshared = linear_stats["num_products"] - num_shared
     return num_unshared.size * jnp.max(num_unshared) + jnp.max(num_shared)
-
-
-def longest_solve(solves: list[LinearStats]) -> Array:
-    """Returns the largest number of products in a solve."""
-    return jnp.max(jnp.stack([jnp.max(stats["num_products"]) for stats in solves]))
-
-
-def largest_curvature(solves: list[LinearStats]) -> Array:
-    """Returns the largest curvature that a solve met, or NaN if none met any."""
-    return jnp.nanmax(jnp.stack([jnp.nanmax(stats["ritz_max"]) for stats in solves]))
 
 
 def all_solved(solves: list[LinearStats]) -> Array:

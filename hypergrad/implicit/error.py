@@ -14,6 +14,7 @@ iterations; ``J u`` costs two products, and a last step of ``d`` one.
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,7 +26,7 @@ from ..linear.base import MatVec
 from ..linear.equilibration import Scaling
 from ..linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
 from ..problem import Bilevel
-from ..products import grad_and_cross_jvps, hvp, hvp_and_cross_vjp
+from ..products import hvp_and_cross_vjp, pushforward
 from ..trees import (
     add_scale,
     as_row,
@@ -33,6 +34,7 @@ from ..trees import (
     divide,
     hash_normal,
     is_zero,
+    machine_eps,
     norm,
     norm_ratio,
     power_of_two_scale,
@@ -40,16 +42,16 @@ from ..trees import (
     safe_norm,
     vdot,
 )
-from .differentiation import ImplicitResult
+from .differentiation import ImplicitResult, Point
 from .minimum import (
     curvature_vanishes,
     gradient_rounding,
     is_cancelled,
+    perturb_by_rounding,
     scales_of_rounding,
-    within_rounding,
 )
 
-NUM_DIRECTIONS = 2  # u
+NUM_DIRECTIONS = 2  # random directions ``u`` of ``alpha``
 # With two random directions the norm of an error exceeds six times its estimate with a
 # probability of 1 - exp(-1/36) = 3%. Three times the estimate must be within tolerance,
 # so that an error of twice the tolerance is rarely trusted.
@@ -117,7 +119,7 @@ class HypergradientError(NamedTuple):
 
     @property
     def inner_error(self) -> Scalar:
-        """The error that is blamed on ``w`` if the adjoint is accurate."""
+        """The error that is attributed to ``w`` if the adjoint is accurate."""
         return jnp.maximum(self.correction_bound, self.relative_change)
 
     @property
@@ -144,18 +146,17 @@ class HypergradientError(NamedTuple):
         }
 
 
-def correction_targets(
-    problem: Bilevel, w: PyTree, alpha: PyTree, batch: PyTree
-) -> PyTree:
+def correction_targets(point: Point) -> PyTree:
     """Returns ``dL/dw`` and ``J u`` for two directions, with a leading axis of size 3.
 
     The solutions of ``H x = target`` are ``d`` and the duals.
 
     Cost: two products.
     """
-    inner_grad, columns = grad_and_cross_jvps(
-        problem.inner_loss, w, alpha, batch, random_directions(alpha)
-    )
+    problem, w, alpha, batch, _ = point
+    loss = eqx.filter_jit(problem.inner_loss)  # traced once, as by all products
+    grad_fn = lambda alpha: jax.grad(loss)(w, alpha, batch)
+    inner_grad, columns = pushforward(grad_fn, alpha, random_directions(alpha))
     return concatenate(as_row(inner_grad), columns)
 
 
@@ -178,14 +179,14 @@ def correction_terms(
         scaling,
         solution.curvature_max,
     )
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(solution.v))).eps)
+    eps = machine_eps(solution.v)
     curvature_min = solution.curvature_min
     rounding = eps / MAX_CONDITION * solution.curvature_max
     return CorrectionTerms(
         inner_step=row(0, solutions),
         grad_residual=row(0, residuals),
         duals=row(slice(1, 1 + NUM_DIRECTIONS), solutions),
-        adjoint_change=solution.last_change,
+        adjoint_change=solution.expected_error,
         last_direction=solution.last_direction,
         curvature_min=curvature_min,
         is_negative=solution.is_negative,
@@ -216,12 +217,7 @@ def zero_duals(problem: Bilevel, w: PyTree) -> PyTree:
 
 
 def short_correction_terms(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    scaling: Scaling,
-    result: ImplicitResult,
+    point: Point, scaling: Scaling, result: ImplicitResult
 ) -> tuple[CorrectionTerms, Scalar]:
     """Returns terms for an adjoint of any solver, from 25 steps of `scaled_cg`.
 
@@ -230,8 +226,7 @@ def short_correction_terms(
     Returns:
       The terms, and the number of products.
     """
-    matvec = lambda v: hvp(problem.inner_loss, w, alpha, batch, v)
-    targets = correction_targets(problem, w, alpha, batch)
+    matvec, targets = point.matvec, correction_targets(point)
 
     def solve(b, residual):
         solution = scaled_cg(
@@ -246,18 +241,15 @@ def short_correction_terms(
         change = jax.tree.map(lambda leaf: leaf[-1], solution.target_solutions)
         return terms._replace(adjoint_change=change), solution.num_products + 1
 
-    terms, num_products = problem.for_each_loss(solve)(result.b, result.residual)
+    per_loss = point.problem.for_each_loss
+    terms, num_products = per_loss(solve)(result.b, result.residual)
     # K right-hand sides take K times the products of the slowest of them.
     num_products = jnp.size(num_products) * jnp.max(num_products)
     return terms, num_products + NUM_DIRECTIONS
 
 
 def estimate_error(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    outer_batch: PyTree,
+    point: Point,
     scaling: Scaling,
     result: ImplicitResult,
     terms: CorrectionTerms,
@@ -277,22 +269,19 @@ def estimate_error(
     Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
     ``w`` and its adjoint.
     """
+    problem, w, alpha, _, outer_batch = point
     losses = problem.outer_losses
     is_moving = ~is_zero(result.inner_grad)
-    hvp_at = lambda w, v: hvp(problem.inner_loss, w, alpha, batch, v)
     scaled_norm = lambda x: safe_norm(scaling.multiply(x))
     correct = problem.for_each_loss(lambda d: add_scale(w, -1, d))
     new_w = correct(terms.inner_step)  # w+ = w - d
     # An outer gradient that the numbers of w do not resolve is changed by rounding.
-    new_b, new_direct = _outer_grads(
-        problem, within_rounding(new_w), alpha, outer_batch
-    )
+    new_b, new_direct = _outer_grads(point, perturb_by_rounding(new_w))
 
     def error_of_loss(parts, terms, new_w, new_b, new_direct, reads_w):
-        products = _products_at_correction(
-            problem, new_w, alpha, batch, parts.adjoint, terms
+        new_grad, *products = _products_at_correction(
+            point._replace(w=new_w), parts.adjoint, terms
         )
-        new_grad, *products = products
         model_error = scaled_norm(optax.tree.sub(new_grad, terms.grad_residual))
         # Without b there is no Krylov space that could contain a part of d.
         is_blind = is_zero(parts.b) & is_moving & reads_w
@@ -300,8 +289,7 @@ def estimate_error(
         error = _relative_errors(alpha, scaling, parts, terms, derivatives, is_blind)
         max_error = jnp.maximum(error.inner_error, error.adjoint_error)
         vanishes = curvature_vanishes(
-            hvp_at,
-            w,
+            point,
             scaling,
             jnp.where(terms.is_negative, terms.curvature_min, 0.0),
             terms.last_direction,
@@ -321,7 +309,7 @@ def estimate_error(
     )
     is_suspect = reads_w & ~(model_errors <= scaled_norm(result.inner_grad))
     grad_scale, root, num_scale_products = scales_of_rounding(
-        problem.inner_loss, w, alpha, batch, scaling, jnp.any(is_suspect)
+        point, scaling, jnp.any(is_suspect)
     )
     rounding = gradient_rounding(grad_scale, root, scaling)
     is_wrong = is_suspect & ~(model_errors <= rounding)
@@ -408,14 +396,13 @@ def _relative_errors(
 
 def _correction_factor(alpha: PyTree) -> float:
     """Returns the factor of ``correction_bound`` in `HypergradientError`."""
-    num_alpha = sum(leaf.size for leaf in jax.tree.leaves(alpha))
+    num_alpha = optax.tree.size(alpha)
     return CORRECTION_FACTOR if num_alpha > NUM_DIRECTIONS else 1.0
 
 
-def _outer_grads(
-    problem: Bilevel, new_w: PyTree, alpha: PyTree, outer_batch: PyTree
-) -> tuple[PyTree, PyTree]:
+def _outer_grads(point: Point, new_w: PyTree) -> tuple[PyTree, PyTree]:
     """Returns ``dM/dw`` and ``dM/dalpha`` at ``w+``, of each of K losses at its own."""
+    problem, _, alpha, _, outer_batch = point
     grads = lambda loss, w: jax.grad(loss, argnums=(0, 1))(w, alpha, outer_batch)
     if problem.num_objectives is None:
         return grads(problem.outer_loss, new_w)
@@ -425,18 +412,14 @@ def _outer_grads(
 
 
 def _products_at_correction(
-    problem: Bilevel,
-    new_w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
-    adjoint: PyTree,
-    terms: CorrectionTerms,
+    point: Point, adjoint: PyTree, terms: CorrectionTerms
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
-    """Returns ``dL/dw``, ``H v``, ``J' v`` and ``J' dv`` at ``w+``.
+    """Returns ``dL/dw``, ``H v``, ``J' v`` and ``J' dv`` at a point, that of ``w+``.
 
     ``dv`` is the last change of the adjoint.
     """
-    products = lambda v: hvp_and_cross_vjp(problem.inner_loss, new_w, alpha, batch, v)
+    problem, w, alpha, batch, _ = point
+    products = lambda v: hvp_and_cross_vjp(problem.inner_loss, w, alpha, batch, v)
     vectors = jax.tree.map(lambda *v: jnp.stack(v), adjoint, terms.adjoint_change)
     grad, Hv, cross = jax.vmap(products, out_axes=(None, 0, 0))(vectors)
     row = lambda i, tree: jax.tree.map(lambda leaf: leaf[i], tree)

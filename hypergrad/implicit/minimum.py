@@ -1,7 +1,6 @@
 """Checks of whether a point is near a minimum, by the gradient and the curvature."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from ..linear.base import MatVec
 from ..linear.equilibration import Scaling
-from ..products import Loss, value_and_hvp
+from ..products import value_and_hvp
 from ..trees import (
     add_scale,
     apply_unless,
@@ -25,9 +24,10 @@ from ..trees import (
     scale,
     vdot,
 )
+from .differentiation import Point
 
 NUM_SCALE_PROBES = 8
-ROUNDING_SEED = 7  # of the signs of `within_rounding`
+ROUNDING_SEED = 7  # of the signs of `perturb_by_rounding`
 MAX_ROUNDING_OF_H = 1e-2
 # Negative curvature is ignored if at most a quarter of it remains after a correction.
 MAX_REMAINING_CURVATURE = 0.25
@@ -52,19 +52,14 @@ def gradient_scale(matvec: MatVec, w: PyTree, like: PyTree = None) -> PyTree:
     Source: after Oettli & Prager 1964 (Numer. Math. 6, 405-409), with a root of squares
     in place of their sum of absolute values.
     """
-    return _normal_deviation(_mean_abs_products(matvec, w, w if like is None else like))
-
-
-def _mean_abs_products(matvec: MatVec, w: PyTree, like: PyTree) -> PyTree:
-    """Returns the mean of ``|H D z|``, as structured by ``matvec``."""
 
     def probe(i, total):
         Hz = matvec(jax.tree.map(jnp.multiply, w, hash_normal(i, w)))
         return jax.tree.map(lambda total, x: total + jnp.abs(x), total, Hz)
 
-    zeros = optax.tree.zeros_like(like)
+    zeros = optax.tree.zeros_like(w if like is None else like)
     total = jax.lax.fori_loop(0, NUM_SCALE_PROBES, probe, zeros)
-    return scale(1 / NUM_SCALE_PROBES, total)
+    return _normal_deviation(scale(1 / NUM_SCALE_PROBES, total))
 
 
 def _normal_deviation(mean_abs: PyTree) -> PyTree:
@@ -87,7 +82,7 @@ def is_stationary(grad: PyTree, grad_scale: PyTree, power: float = 0.75) -> Arra
     return jnp.all(jnp.stack(leaves))
 
 
-def within_rounding(w: PyTree) -> PyTree:
+def perturb_by_rounding(w: PyTree) -> PyTree:
     """Returns ``w (1 + eps z)`` with signs ``z``, which equals ``w`` up to rounding."""
 
     def change(leaf, z):
@@ -97,10 +92,7 @@ def within_rounding(w: PyTree) -> PyTree:
 
 
 def scales_of_rounding(
-    loss: Loss,
-    w: PyTree,
-    alpha: PyTree,
-    batch: PyTree,
+    point: Point,
     scaling: Scaling,
     is_needed: Array,
 ) -> tuple[PyTree, Array, Array]:
@@ -112,6 +104,7 @@ def scales_of_rounding(
 
     Cost: `NUM_SCALE_PROBES` products and one more if needed.
     """
+    problem, w, alpha, batch, _ = point
 
     def probe(i, carry):
         total, value, _ = carry
@@ -119,7 +112,7 @@ def scales_of_rounding(
         factors = optax.tree.where(is_last, scaling.s, w)
         v = cast_like(jax.tree.map(jnp.multiply, factors, z), w)
         # Each product evaluates the loss anyway.
-        value, Hv = value_and_hvp(loss, w, alpha, batch, v)
+        value, Hv = value_and_hvp(problem.inner_loss, w, alpha, batch, v)
         add = lambda total, x: total + jnp.where(is_last, 0, jnp.abs(x))
         # The entries of S H S z have the norms of its rows as standard deviations.
         row_norm = norm_ratio(scaling.multiply(Hv), z)
@@ -130,11 +123,13 @@ def scales_of_rounding(
     measure = lambda init: jax.lax.fori_loop(0, num_probes, probe, init)
     total, value, row_norm = apply_unless(~is_needed, measure, init)
     grad_scale = _normal_deviation(scale(1 / NUM_SCALE_PROBES, total))
-    root = jnp.sqrt(row_norm) * jnp.sqrt(value)
-    return grad_scale, root, jnp.where(is_needed, num_probes, 0)
+    residual_scale = jnp.sqrt(row_norm) * jnp.sqrt(value)
+    return grad_scale, residual_scale, jnp.where(is_needed, num_probes, 0)
 
 
-def gradient_rounding(grad_scale: PyTree, root: Array, scaling: Scaling) -> Array:
+def gradient_rounding(
+    grad_scale: PyTree, residual_scale: Array, scaling: Scaling
+) -> Array:
     """Returns a norm of ``S dL/dw`` up to which ``w`` counts as stationary.
 
     It is ``eps^(3/4) (||S q|| + (r |L|)^(1/2))`` with the ``q`` of `gradient_scale` and
@@ -145,12 +140,12 @@ def gradient_rounding(grad_scale: PyTree, root: Array, scaling: Scaling) -> Arra
     ``L`` raises it.
 
     Args:
-      grad_scale, root: From `scales_of_rounding`.
+      grad_scale, residual_scale: From `scales_of_rounding`.
       scaling: ``S``.
     """
     tol = lambda x: float(jnp.finfo(x.dtype).eps) ** 0.75
     scaled = scaling.multiply(jax.tree.map(lambda q: tol(q) * q, grad_scale))
-    rounding = safe_norm(scaled) + tol(root) * root
+    rounding = safe_norm(scaled) + tol(residual_scale) * residual_scale
     return jnp.where(jnp.isfinite(rounding), rounding, 0.0)
 
 
@@ -170,8 +165,7 @@ def is_cancelled(h: PyTree, cross: PyTree) -> Array:
 
 
 def curvature_vanishes(
-    hvp_at: Callable[[PyTree, PyTree], PyTree],
-    w: PyTree,
+    point: Point,
     scaling: Scaling,
     curvature: Array,
     last_direction: PyTree,
@@ -187,8 +181,7 @@ def curvature_vanishes(
     ``w'`` must not leave the saddle point along it.
 
     Args:
-      hvp_at: Function ``(w, v) -> H(w) v``.
-      w: Where the solve met ``p``.
+      point: Where the solve met ``p``.
       scaling: Diagonal scaling of ``H``.
       curvature: ``p'S H S p / p'p`` at ``w``.
       last_direction: ``p``, in the coordinates of ``S H S``.
@@ -203,9 +196,9 @@ def curvature_vanishes(
         # w' = w - S (I - p p' / p'p) S^-1 d
         step = scaling.divide(inner_step)
         step = add_scale(step, -vdot(p, step) / vdot(p, p), p)
-        new_w = add_scale(w, -1, scaling.multiply(step))
+        new_w = add_scale(point.w, -1, scaling.multiply(step))
         # p'S H(w') S p / p'p
-        Hp = scaling.matvec(lambda v: hvp_at(new_w, v))(p)
+        Hp = scaling.matvec(point._replace(w=new_w).matvec)(p)
         return (vdot(p, Hp) / vdot(p, p)).astype(curvature.dtype)
 
     remaining = apply_unless(~is_negative, new_curvature, curvature)

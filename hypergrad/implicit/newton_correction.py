@@ -1,6 +1,5 @@
 """The Newton steps of a certificate, and the statistics that decide on trust."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,15 +8,19 @@ from jaxtyping import Array, PyTree, Scalar
 
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
-from ..problem import Bilevel
-from ..products import Loss
 from ..trees import norm_ratio, safe_norm
-from .differentiation import ImplicitResult
+from .differentiation import (
+    ImplicitResult,
+    Point,
+    corrected_hypergradient,
+    max_relative_error,
+    newton_step,
+)
 from .minimum import (
     gradient_rounding,
     is_stationary,
+    perturb_by_rounding,
     scales_of_rounding,
-    within_rounding,
 )
 
 
@@ -40,37 +43,47 @@ class NewtonCorrection(NamedTuple):
 
 
 def correct_by_newton(
-    w: PyTree,
+    point: Point,
+    scaling: Scaling,
     hypergradient: PyTree,
     adjoint: PyTree,
     inner_grad: PyTree,
-    take_step: Callable[[PyTree, PyTree], tuple[PyTree, LinearStats]],
-    differentiate: Callable[[PyTree, PyTree], ImplicitResult],
-    relative_change: Callable[[PyTree, PyTree], Scalar],
     num_newton_steps: int,
+    rtol: float,
+    max_steps: Array | None = None,
+    *,
+    changes_rounding: bool = False,
 ) -> NewtonCorrection:
     """Returns ``w`` and implicit differentiation after Newton steps.
 
     With ``H = d2L/dw2`` and ``b = dM/dw`` the adjoint ``v`` solves ``H v = b``.
 
     Args:
-      w, hypergradient, adjoint, inner_grad: Where the steps start.
-      take_step: ``(w, dL/dw) -> (w, statistics)``, one Newton step.
-      differentiate: ``(w, v) -> result``, which corrects the adjoint ``v``.
-      relative_change: ``(old hypergradient, new hypergradient) -> number``.
+      point: Where the steps start.
+      scaling: ``S``.
+      hypergradient, adjoint, inner_grad: Derivatives at the point.
       num_newton_steps: Number of steps, 1 at least.
+      rtol, max_steps: Tolerance and number of steps of each solve.
+      changes_rounding: Whether each step also changes ``w`` by `perturb_by_rounding`.
     """
+    w = point.w
     solves: list[LinearStats] = []
     result, change = None, jnp.asarray(jnp.nan)
     previous_w, previous_grad = w, inner_grad
     for _ in range(num_newton_steps):
         previous_w, previous_grad = w, inner_grad
         # H d = dL/dw,  w <- w - d
-        w, newton_stats = take_step(w, inner_grad)
+        w, newton_stats = newton_step(
+            point._replace(w=w), inner_grad, scaling, rtol, max_steps
+        )
+        if changes_rounding:
+            w = perturb_by_rounding(w)
         # H e = b - H v,  v <- v + e
-        result = differentiate(w, adjoint)
+        result = corrected_hypergradient(
+            point._replace(w=w), scaling, adjoint, rtol, max_steps
+        )
         solves += [newton_stats, result.linear_stats]
-        change = relative_change(hypergradient, result.hypergradient)
+        change = max_relative_error(point.problem, hypergradient, result.hypergradient)
         hypergradient, adjoint = result.hypergradient, result.adjoint
         inner_grad = result.inner_grad
     assert result is not None  # there is one step at least
@@ -95,9 +108,7 @@ def check_correction(
     correction: NewtonCorrection,
     inner_grad: PyTree,
     scaling: Scaling,
-    loss: Loss,
-    alpha: PyTree,
-    batch: PyTree,
+    point: Point,
 ) -> CorrectionChecks:
     """Returns what decides on trust in Newton steps.
 
@@ -111,15 +122,15 @@ def check_correction(
       correction: The steps.
       inner_grad: ``dL/dw`` before the first one.
       scaling: ``S``.
-      loss, alpha, batch: The inner loss and its arguments.
+      point: Where the steps started.
     """
     newton_stats, adjoint_stats = correction.solves[-2:]
-    is_solved, w = newton_stats["is_solved"], correction.previous_w
+    is_solved = newton_stats["is_solved"]
     scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
     new_norm = scaled_norm(correction.result.inner_grad)
     is_increased = new_norm > scaled_norm(inner_grad)
     grad_scale, root, num_products = scales_of_rounding(
-        loss, w, alpha, batch, scaling, ~is_solved | is_increased
+        point._replace(w=correction.previous_w), scaling, ~is_solved | is_increased
     )
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
     newton_stats = newton_stats | {
@@ -130,27 +141,23 @@ def check_correction(
     return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)
 
 
-def outer_gradient_rounding(
-    problem: Bilevel,
-    w: PyTree,
-    alpha: PyTree,
-    outer_batch: PyTree,
-    scaling: Scaling,
-    b: PyTree,
-) -> Array:
+def outer_gradient_rounding(point: Point, scaling: Scaling, b: PyTree) -> Array:
     """Returns the relative change of ``S b`` within the rounding of ``w``.
 
     It is the maximum over K outer losses. An example where it is large is a regression
     in float32 whose targets have a mean a million times their deviation.
 
     Args:
-      problem, w, alpha, outer_batch: The point.
+      point: Where ``S b`` is evaluated.
       scaling: ``S``.
       b: ``dM/dw`` at the point.
 
     Cost: one outer gradient of each loss.
     """
-    _, new_b, _ = problem.outer_value_and_grads(within_rounding(w), alpha, outer_batch)
+    problem, w, alpha, _, outer_batch = point
+    _, new_b, _ = problem.outer_value_and_grads(
+        perturb_by_rounding(w), alpha, outer_batch
+    )
 
     def relative_change(new_b, b):
         change = scaling.multiply(optax.tree.sub(new_b, b))

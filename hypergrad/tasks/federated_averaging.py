@@ -14,7 +14,7 @@ from ..batches import Data, full_batch
 from ..cost import cost_stats
 from ..estimators import Estimate, Implicit
 from ..estimators.base import make_estimate
-from ..implicit.differentiation import implicit_hypergradient
+from ..implicit.differentiation import Point, implicit_hypergradient
 from ..inner import inner_stats
 from ..inner.base import InnerSolver, InnerStats
 from ..inner.descent import run_inner_steps
@@ -185,10 +185,9 @@ class LocalImplicit(eqx.Module):
         )
 
         def client_hypergradient(inner_batch, outer_batch):
+            point = Point(problem, w, alpha, inner_batch, outer_batch)
             v0 = optax.tree.zeros_like(w)
-            return implicit_hypergradient(
-                problem, self.linear_solver, w, alpha, inner_batch, outer_batch, v0
-            )
+            return implicit_hypergradient(point, self.linear_solver, v0)
 
         results = jax.vmap(client_hypergradient)(
             split_clients(data.inner_batch()), split_clients(data.outer_batch())

@@ -2,7 +2,8 @@
 
 Each family draws a problem in parameters ``theta`` of order one. `make_trial` then
 measures ``theta = D w`` in units ``D``, multiplies the losses by factors, adds a large
-parameter that has nothing to do with anything, and moves ``w`` away from the minimum.
+parameter that has no influence on the hypergradient, and moves ``w`` away from the
+minimum.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from ..problem import Bilevel
-from ..products import Loss, grad_and_cross_jvps, hvp
+from ..products import Loss, hvp, pushforward
 
 NUM_FEATURES, NUM_EXAMPLES, NUM_DIRECTIONS = 15, 40, 24
 NUM_LOGISTIC_FEATURES, NUM_RIDGE_FEATURES = 60, 100  # of the wide families
@@ -414,14 +415,12 @@ def dense_hypergradient(
 ) -> tuple[Array, Array]:
     """Returns the hypergradient where Newton's method ends, and if it is a minimum."""
     theta = newton(family, theta, alpha, batch)
-    grad_fn = jax.grad(family.inner_loss)
+    grad_fn = lambda alpha: jax.grad(family.inner_loss)(theta, alpha, batch)
     hessian = _hessian(family, theta, alpha, batch)
-    _, columns = grad_and_cross_jvps(
-        family.inner_loss, theta, alpha, batch, jnp.eye(alpha.size)
-    )
+    grad, columns = pushforward(grad_fn, alpha, jnp.eye(alpha.size))
     b, direct = jax.grad(family.outer_loss, argnums=(0, 1))(theta, alpha, batch)
     eigenvalues = jnp.linalg.eigvalsh(hessian)
-    grad_norm = jnp.linalg.norm(grad_fn(theta, alpha, batch))
+    grad_norm = jnp.linalg.norm(grad)
     is_stationary = grad_norm <= 1e-10 * eigenvalues[-1]
     is_minimum = eigenvalues[0] >= -RANK_TOLERANCE * eigenvalues[-1]
     hypergradient = direct - columns @ (_pseudo_inverse(hessian) @ b)
