@@ -25,10 +25,10 @@ def bind_keys(problem: "Bilevel", w: PyTree) -> tuple["Bilevel", PyTree]:
 
     A ``w`` without keys and counters is returned as it is, with its problem.
     """
-    if not _has_keys(w):
+    if (keys := keys_of(w)) is None:
         return problem, w
     is_none = lambda x: x is None
-    bound = eqx.tree_at(lambda p: p.keys_of_w, problem, keys_of(w), is_leaf=is_none)
+    bound = eqx.tree_at(lambda p: p.keys_of_w, problem, keys, is_leaf=is_none)
     return bound, remove_keys(w)
 
 
@@ -47,7 +47,7 @@ def bind_keys_to_function(
 
 @dataclasses.dataclass(frozen=True)
 class _WithKeys:
-    """A function of ``w`` as one of its keys, its parameters and further arguments."""
+    """Calls ``fn(w, ...)`` with ``w`` put together from its keys and parameters."""
 
     fn: Callable[..., Any]
 
@@ -62,7 +62,7 @@ def remove_keys(w: PyTree) -> PyTree:
 
 def keys_of(w: PyTree) -> PyTree | None:
     """Returns ``w`` with None for parameters, or None if it has nothing else."""
-    if not _has_keys(w):
+    if not any(map(is_key_or_counter, jax.tree.leaves(w))):
         return None
     return jax.tree.map(lambda leaf: leaf if is_key_or_counter(leaf) else None, w)
 
@@ -76,7 +76,3 @@ def restore_keys(parameters: PyTree, keys: PyTree | None) -> PyTree:
     2.0
     """
     return parameters if keys is None else eqx.combine(parameters, keys)
-
-
-def _has_keys(w: PyTree) -> bool:
-    return any(map(is_key_or_counter, jax.tree.leaves(w)))

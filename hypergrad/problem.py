@@ -257,7 +257,7 @@ def at_outer_step(problem: Bilevel, seed: UInt32[Array, "2"], step: Array) -> Bi
 
 
 def with_own_order(problem: Bilevel, number: Array | int) -> Bilevel:
-    """Returns the problem with shuffled passes that only this number has."""
+    """Returns the problem with shuffled passes of its own for each number."""
     return _replace_data(
         problem,
         in_own_order(problem.inner_data, number),

@@ -12,7 +12,12 @@ from jaxtyping import Array, PyTree
 
 from ..batches import full_batch, is_keyed, sample_batch
 from ..display.tables import describe_leaves
-from ..jaxprs.inspection import alpha_has_gradient, unused_leaves, used_inputs
+from ..jaxprs.inspection import (
+    alpha_has_gradient,
+    leaf_names,
+    unused_leaves,
+    used_inputs,
+)
 from ..jaxprs.lost_derivatives import find_lost_derivatives
 from ..problem import Bilevel
 from ..products import Loss
@@ -142,15 +147,10 @@ def _warn_of_untrained_leaves(
 
     The leaves of ``w`` are the first ones of both lists.
     """
-    paths = [path for path, _ in jax.tree.leaves_with_path(w)]
-    untrained = [
-        f"w{jax.tree_util.keystr(path)}"
-        for path, inner, outer in zip(paths, in_inner, in_outer, strict=False)
-        if outer and not inner
-    ]
-    if untrained:
+    pairs = zip(in_inner, in_outer, strict=False)
+    if names := leaf_names("w", w, [outer and not inner for inner, outer in pairs]):
         warn_user(
-            f"inner_loss does not depend on {', '.join(untrained)}, which outer_loss "
+            f"inner_loss does not depend on {names}, which outer_loss "
             "reads. Nothing trains such a leaf, and the inner Hessian is singular. "
             "Take it out of w, and close over it in the losses."
         )
@@ -195,17 +195,17 @@ def _check_solve(problem, init, w, alpha, solver, inner_data, key) -> None:
         )
 
 
-# Hyperparameters on which a result cannot depend.
-
-
 def check_sample_is_known(problem: Bilevel, key: Array | None) -> None:
     """Raises ValueError if an estimate does not say which sample it saw."""
     if key is None and problem.is_sampled:
         raise ValueError(
             "hypergradient must be an estimate of one sample of the data, whose key it "
             "has; that of an average has none. Use certify=True of the averaged "
-            "estimator, or pass hypergradient=estimate.hypergradient and a key."
+            "hg.Implicit, or pass hypergradient=estimate.hypergradient and a key."
         )
+
+
+# Hyperparameters on which a result cannot depend.
 
 
 def check_alpha_has_gradient(
@@ -243,22 +243,12 @@ def _check_gradients(
     for _, loss, batch in losses_with_batches(problem):
         in_loss = alpha_has_gradient(loss, w, alpha, batch)
         has_gradient = list(map(operator.or_, has_gradient, in_loss))
-    if unreached := names_without_gradient(alpha, has_gradient):
+    if unreached := leaf_names("alpha", alpha, map(operator.not_, has_gradient)):
         raise ValueError(
             f"neither loss depends on {unreached} (or only through stop_gradient), "
             f"{advice}."
         )
     _check_w_has_gradient(problem, w, alpha)
-
-
-def names_without_gradient(alpha: PyTree, has_gradient: Sequence[bool]) -> str:
-    """Returns the paths of the leaves of ``alpha`` that no derivative reaches."""
-    paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
-    return ", ".join(
-        f"alpha{jax.tree_util.keystr(path)}"
-        for path, is_reached in zip(paths, has_gradient, strict=True)
-        if not is_reached
-    )
 
 
 def _check_w_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
@@ -278,9 +268,8 @@ def check_alpha_is_used(value_fn: Any, alpha: PyTree) -> None:
     """Raises ValueError for a leaf of ``alpha`` that ``value_fn(alpha)`` ignores."""
     if names := unused_leaves(value_fn, alpha):
         raise ValueError(
-            f"neither the losses nor the solver nor init_fn depend on "
-            f"{', '.join(names)}, so that all of its values are equally good. Remove "
-            "it, or use it."
+            f"neither the losses nor the solver nor init_fn depend on {names}, so that "
+            "all of its values are equally good. Remove it, or use it."
         )
 
 
@@ -344,8 +333,7 @@ def _check_state_without_alpha(
         used = used_inputs(next_leaf, w, leaves) if any(in_leaf) else ()
         if any(used[num_w + i : num_w + i + 1]) and not any(used[:num_w]):
             is_stored = list(map(operator.or_, is_stored, in_leaf))
-    if any(is_stored):
-        names = names_without_gradient(alpha, [not stored for stored in is_stored])
+    if names := leaf_names("alpha", alpha, is_stored):
         raise ValueError(
             f"solver must use {names} in each step; got {type(solver).__name__}, whose "
             "init stores it in the state, so that its steps do not depend on a later "
@@ -370,11 +358,6 @@ def _calls_without_alpha_in_loss(
     return init, step
 
 
-def init_uses_alpha(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
-    """Returns which leaves of ``alpha`` the problem's ``init_fn`` uses."""
-    return used_inputs(lambda alpha: problem.init_inner(w, alpha), alpha)
-
-
 def init_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bool]:
     """Returns which leaves of ``alpha`` have a derivative of the starting point."""
     init_fn = lambda alpha: problem.init_inner(w, alpha)
@@ -385,9 +368,30 @@ def init_has_gradient(problem: Bilevel, w: PyTree, alpha: PyTree) -> Sequence[bo
 # Checks on shapes.
 
 
-def check_on_shapes(check: Callable[..., None], *args: PyTree) -> None:
-    """Runs ``check(*args)`` on shapes, once per structure of the arguments."""
-    _call_on_shapes(_check_on_shapes, check, *args)
+def check_on_shapes(check: Callable[..., Any], *args: PyTree) -> Any:
+    """Returns ``check(*args)`` on shapes, once per structure of the arguments."""
+    arrays, static = eqx.partition((check, *args), eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+    static_leaves, static_structure = jax.tree.flatten(static)
+    cache_key = (structure, shapes, static_structure, tuple(static_leaves))
+    try:
+        hash(cache_key)
+    except TypeError:
+        return _check_on_shapes.__wrapped__(*cache_key)
+    return _check_on_shapes(*cache_key)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_on_shapes(structure, shapes, static_structure, static_leaves) -> Any:
+    static, results = jax.tree.unflatten(static_structure, static_leaves), []
+
+    def run(leaves):
+        check, *args = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+        results.append(check(*args))
+
+    jax.eval_shape(run, shapes)
+    return results[0]
 
 
 def check_init(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
@@ -404,40 +408,13 @@ def can_be_trusted(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -
 
     The answer is read from the jaxpr of an estimate.
     """
-    return _call_on_shapes(_can_be_trusted, estimator, problem, w, alpha)
+    return check_on_shapes(_can_be_trusted, estimator, problem, w, alpha)
 
 
-def _call_on_shapes(cached_fn: Any, *args: PyTree) -> Any:
-    """Calls a cached function with the structure and shapes of its arguments."""
+def _can_be_trusted(*args: PyTree) -> bool:
     arrays, static = eqx.partition(args, eqx.is_array)
-    leaves, structure = jax.tree.flatten(arrays)
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-    static_leaves, static_structure = jax.tree.flatten(static)
-    cache_key = (structure, shapes, static_structure, tuple(static_leaves))
-    try:
-        hash(cache_key)
-    except TypeError:
-        return cached_fn.__wrapped__(*cache_key)
-    return cached_fn(*cache_key)
 
-
-@functools.lru_cache(maxsize=256)
-def _check_on_shapes(structure, shapes, static_structure, static_leaves) -> None:
-    static = jax.tree.unflatten(static_structure, static_leaves)
-
-    def run(leaves):
-        check, *args = eqx.combine(jax.tree.unflatten(structure, leaves), static)
-        check(*args)
-
-    jax.eval_shape(run, shapes)
-
-
-@functools.lru_cache(maxsize=256)
-def _can_be_trusted(structure, shapes, static_structure, static_leaves) -> bool:
-    static = jax.tree.unflatten(static_structure, static_leaves)
-
-    def is_trusted(leaves, key):
-        arrays = jax.tree.unflatten(structure, leaves)
+    def is_trusted(arrays, key):
         estimator, problem, w, alpha = eqx.combine(arrays, static)
         state = estimator.init(problem, w, alpha, key)
         estimate, _ = estimator.estimate(problem, state, alpha, key)
@@ -445,4 +422,4 @@ def _can_be_trusted(structure, shapes, static_structure, static_leaves) -> bool:
         is_lost = "lost_derivative" in estimate.flags
         return jnp.asarray(False) if is_lost else estimate.trusted
 
-    return any(used_inputs(is_trusted, shapes, KEY_SHAPE))
+    return any(used_inputs(is_trusted, arrays, KEY_SHAPE))

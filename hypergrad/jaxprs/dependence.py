@@ -30,7 +30,7 @@ class Dependence(NamedTuple):
       is_maximum: True if the value is a maximum, whose stopped gradient may be the
         shift of a stable softmax.
       shift: The stopped maxima that have not cancelled in the value.
-      number: Number of the value, which equal values share; None for no number.
+      identity: Identity of the value, which equal values share, or None.
       constant: The value, if all its elements are the same literal.
       repeated: Axes along which a broadcast has repeated the value.
     """
@@ -40,7 +40,7 @@ class Dependence(NamedTuple):
     selectors: frozenset[LostDerivative] = frozenset()
     is_maximum: bool = False
     shift: Shift = NO_SHIFT
-    number: Any = None
+    identity: Any = None
     constant: float | None = None
     repeated: frozenset[int] = frozenset()
 
@@ -57,10 +57,10 @@ class Dependence(NamedTuple):
     def selected_by(self, other: "Dependence") -> "Dependence":
         """Returns the dependence of a value that an integer or a predicate selects.
 
-        Among constants, such as the 0 and 1 of a count, the choice is all that the
-        value says of the inputs, and its derivative is lost. An order is none: weights
-        that are sorted by scores belong to the scores that are sorted with them. The
-        ranks of scores are numbers, as `as_ranks` says.
+        If the value has no derivative of its own, such as the 0 and 1 of a count, it
+        depends on the inputs through the choice alone, whose derivative is lost. A sort
+        order is an exception: weights that are sorted by scores belong to the scores
+        that are sorted with them. The ranks of scores are numbers (`as_ranks`).
         """
         choices = other.selectors | other.lost
         if not (self.leaves or self.shift.terms):

@@ -1,12 +1,14 @@
 """Facts about a function that are read from its jaxpr: what it uses and holds."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src.source_info_util import summarize
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
+from jax.extend.core import Jaxpr, Literal  # pyright: ignore
+from jax.extend.source_info_util import summarize
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
@@ -30,16 +32,14 @@ LAYOUT = {
 }  # fmt: skip
 
 #: Calls of a jaxpr, whose values are those of the operands and results.
-CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"}
+CALLS = {"jit", "remat2", "closed_call"}
 
-#: Operations with jaxprs within a parameter.
-HAS_JAXPRS = {"cond", "custom_linear_solve"}
-
-#: Operations in which an integer is a number, no index. The second is `jnp.ldexp`.
+#: Operations in which an integer operand is a value and not an index. The second is
+#: `jnp.ldexp`.
 WITH_INTEGERS = {"pow", "call_hi_primitive"}
 
 #: Operations with a derivative rule of their own, whose jaxpr is not entered.
-CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call"}
 
 #: Functions by the names of their jaxprs whose results count as constants. The sign of
 #: the gamma function changes only at its poles.
@@ -60,14 +60,16 @@ def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:
     return partial_eval.dce_jaxpr(closed_jaxpr.jaxpr, all_outputs)[1]
 
 
-def unused_leaves(f: Callable[[PyTree], Any], alpha: PyTree) -> list[str]:
+def unused_leaves(f: Callable[[PyTree], Any], alpha: PyTree) -> str:
     """Returns the names of the leaves of ``alpha`` that ``f(alpha)`` does not use."""
-    paths = (path for path, _ in jax.tree.leaves_with_path(alpha))
-    return [
-        f"alpha{jax.tree_util.keystr(path)}"
-        for path, is_used in zip(paths, used_inputs(f, alpha), strict=True)
-        if not is_used
-    ]
+    return leaf_names("alpha", alpha, map(operator.not_, used_inputs(f, alpha)))
+
+
+def leaf_names(name: str, tree: PyTree, is_named: Iterable[bool]) -> str:
+    """Returns the names of leaves, such as "alpha['rate'], alpha['decay']"."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    named = itertools.compress(paths, is_named)
+    return ", ".join(f"{name}{jax.tree_util.keystr(path)}" for path in named)
 
 
 def uses_w(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:
@@ -111,11 +113,11 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
         if isinstance(x, Literal) and np.ndim(x.val):
             yield x.val
     for equation in jaxpr.eqns:
-        for inner in _all_inner_jaxprs(equation):
+        for inner in inner_jaxprs(equation):
             yield from _constants(inner)
 
 
-def _all_inner_jaxprs(equation: Any) -> list[Any]:
+def inner_jaxprs(equation: Any) -> list[Any]:
     """Returns the jaxprs in the parameters of an equation, at any depth."""
     is_jaxpr = lambda x: hasattr(x, "eqns")
     params = jax.tree.leaves(equation.params, is_leaf=is_jaxpr)
@@ -140,20 +142,11 @@ def locations_of_ties(jaxpr: Any) -> set[str]:
                 maxima.add(location)
             elif name in COMPARISONS and is_derivative:
                 comparisons.add(location)
-            for inner in _all_inner_jaxprs(equation):
+            for inner in inner_jaxprs(equation):
                 # A function of JAX has no place in the code of the user.
                 is_jitted = name == "jit" and is_of_jax(inner)
                 jaxprs.append((inner, location if is_jitted else "", is_derivative))
     return maxima & comparisons - {""}
-
-
-def inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """Yields the jaxprs among the parameters of an equation."""
-    for value in params.values():
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
 
 
 def scan_lengths(params: dict[str, Any], operands: Sequence[Any]) -> tuple[int, int]:
@@ -173,7 +166,7 @@ def _is_file_of_jax(source: str) -> bool:
     return "/jax/_src/" in source.replace("\\", "/")
 
 
-def is_operand_of_branch(equation: Any, numbers: Sequence[Any]) -> bool:
+def is_operand_of_branch(equation: Any, identities: Sequence[Any]) -> bool:
     """Returns True for a selection that stands for the operand of a batched `cond`.
 
     JAX computes all branches of a batched `cond` or `switch`. It passes
@@ -183,11 +176,11 @@ def is_operand_of_branch(equation: Any, numbers: Sequence[Any]) -> bool:
 
     Args:
       equation: The equation of the jaxpr.
-      numbers: Numbers of its operands by `number_of_result`, which equal values share.
+      identities: Those of its operands, by `identity_of_result`.
     """
-    if equation.primitive.name != "select_n" or len(numbers) != 3:
+    if equation.primitive.name != "select_n" or len(identities) != 3:
         return False
-    _, on_false, on_true = numbers
+    _, on_false, on_true = identities
     return on_false in (on_true, Stopped(on_true)) and _is_made_by_cond(equation)
 
 

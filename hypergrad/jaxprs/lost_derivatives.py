@@ -29,7 +29,6 @@ from .inspection import (
     COMPARISONS,
     CONSTANTS,
     CUSTOM_RULES,
-    HAS_JAXPRS,
     LAYOUT,
     MAXIMA,
     PIECEWISE_CONSTANT,
@@ -48,17 +47,16 @@ from .stopped_shifts import (
     Shift,
     StoppedValue,
     add_shifts,
-    as_operand,
     common_shift,
-    number_of,
-    number_of_result,
+    identity_of,
+    identity_of_result,
     repeated_axes,
     shift_of_result,
     varying_axes,
 )
 
 #: Numbers of values of which nothing is known.
-NEW_NUMBERS = itertools.count()
+NEW_IDENTITIES = itertools.count()
 
 
 def find_lost_derivatives(
@@ -111,17 +109,19 @@ def _merge(dependences: Sequence[Dependence]) -> Dependence:
 
 def _trace_jaxpr(jaxpr: Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
     """Returns the dependence of each result of a jaxpr."""
-    table = dict(zip(jaxpr.invars, map(_with_number, inputs), strict=True))
+    table = dict(zip(jaxpr.invars, map(_with_identity, inputs), strict=True))
 
     def read(x: Any) -> Dependence:
         if isinstance(x, Literal):
             return _literal(x)
         # The same constant of a cached jaxpr always has the same value.
-        return table.get(x) or NONE._replace(number=number_of("constant", id(x)))
+        return table.get(x) or NONE._replace(identity=identity_of("constant", id(x)))
 
     for equation in jaxpr.eqns:
         operands = [read(x) for x in equation.invars]
-        results = _with_numbers(_trace_equation(equation, operands), equation, operands)
+        results = _with_identities(
+            _trace_equation(equation, operands), equation, operands
+        )
         results = [_with_location(x, equation, operands) for x in results]
         table.update(zip(equation.outvars, results, strict=True))
         table.update(_stored(equation, operands))
@@ -142,34 +142,34 @@ def _stored(equation: Any, operands: list[Dependence]) -> dict[Any, Dependence]:
     return dict.fromkeys(refs, stored)
 
 
-def _with_number(dependence: Dependence) -> Dependence:
-    """Returns the dependence with a new number if it has none."""
-    is_new = dependence.number is None
-    return dependence._replace(number=next(NEW_NUMBERS)) if is_new else dependence
+def _with_identity(dependence: Dependence) -> Dependence:
+    """Returns the dependence with a new identity if it has none."""
+    is_new = dependence.identity is None
+    return dependence._replace(identity=next(NEW_IDENTITIES)) if is_new else dependence
 
 
 def _literal(x: Any) -> Dependence:
     if np.ndim(x.val):
-        return NONE._replace(number=number_of("literal", id(x.val)))
-    number = number_of("literal", str(x.aval.dtype), x.val)
+        return NONE._replace(identity=identity_of("literal", id(x.val)))
+    identity = identity_of("literal", str(x.aval.dtype), x.val)
     constant = float(x.val) if np.isrealobj(x.val) else None
-    return NONE._replace(number=number, constant=constant)
+    return NONE._replace(identity=identity, constant=constant)
 
 
-def _with_numbers(
+def _with_identities(
     results: list[Dependence], equation: Any, operands: list[Dependence]
 ) -> list[Dependence]:
-    """Returns the results of an equation with their numbers.
+    """Returns the results of an equation with their identities.
 
     Equal operations on equal operands have equal results. A value that a call returns
-    keeps its number, and a result of another jaxpr, such as a loop, has a new one.
+    keeps its identity, and a result of another jaxpr, such as a loop, has a new one.
     """
-    name, params = equation.primitive.name, equation.params
-    if name in CALLS | HAS_JAXPRS or equation.effects or any(inner_jaxprs(params)):
-        return list(map(_with_number, results))
-    numbers = [x.number for x in operands]
+    name = equation.primitive.name
+    if equation.effects or inner_jaxprs(equation):
+        return list(map(_with_identity, results))
+    identities = [x.identity for x in operands]
     results = [
-        x._replace(number=number_of_result(equation, numbers, i))
+        x._replace(identity=identity_of_result(equation, identities, i))
         for i, x in enumerate(results)
     ]
     if name in SAME_ELEMENTS and len(operands) == 1:
@@ -189,8 +189,8 @@ def _with_location(
     the equation.
     """
     lost_before = frozenset().union(*map(_all_losses, operands))
-    is_call = equation.primitive.name in ("jit", "pjit")
-    is_call_of_jax = is_call and any(map(is_of_jax, inner_jaxprs(equation.params)))
+    is_call = equation.primitive.name == "jit"
+    is_call_of_jax = is_call and any(map(is_of_jax, inner_jaxprs(equation)))
     has_place = lambda x: bool(x.location) and (x in lost_before or not is_call_of_jax)
     if all(map(has_place, _all_losses(dependence))):
         return dependence
@@ -218,12 +218,12 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     if name == "scan":
         num_consts, num_carry = scan_lengths(params, operands)
         _, results = _trace_loop(params["jaxpr"], operands, num_consts, num_carry)
-        return list(map(_another_value, results))
+        return list(map(_as_new_value, results))
     if name == "while":
         return _trace_while(params, operands)
     if name == "sort":
         num_keys = params["num_keys"]
-        operands = list(map(_another_value, operands))
+        operands = list(map(_as_new_value, operands))
         keys, values = _merge(operands[:num_keys]), operands[num_keys:]
         order = _lose(equation, keys if keys.leaves else keys.as_ranks())
         return [keys] * num_keys + [x.selected_by(order) for x in values]
@@ -233,12 +233,12 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
         return [result.selected_by(operands[0]) for result in results]
     if name == "optimization_barrier":
         return operands
-    if is_operand_of_branch(equation, [x.number for x in operands]):
+    if is_operand_of_branch(equation, [x.identity for x in operands]):
         return [operands[-1]]
     if name == "custom_linear_solve":
         # The solver's own constants, such as a factorization, are not differentiated.
         lengths = params["const_lengths"]
-        operands = list(map(_another_value, operands))
+        operands = list(map(_as_new_value, operands))
         operands = operands[: lengths.matvec] + operands[sum(lengths) :]
         products = _trace_jaxpr(params["jaxprs"].matvec.jaxpr, operands)
         total = _merge(operands + [x.with_stopped() for x in products])
@@ -252,14 +252,15 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     if params.get("name") in CONSTANTS:
         return [NONE] * len(equation.outvars)
     if name not in CUSTOM_RULES:
-        for inner in inner_jaxprs(params):
+        for inner in inner_jaxprs(equation):
+            inner = getattr(inner, "jaxpr", inner)
             if len(inner.invars) == len(operands):
                 is_call = name in CALLS
                 if not is_call:  # of elements or shards of the operands
-                    operands = list(map(_another_value, operands))
+                    operands = list(map(_as_new_value, operands))
                 results = _trace_jaxpr(inner, operands)
                 if not is_call:
-                    results = list(map(_another_value, results))
+                    results = list(map(_as_new_value, results))
                 if _is_piecewise_smooth(params.get("name"), inner):
                     prev_lost = _merge(operands).lost
                     results = [_without_new_losses(x, prev_lost) for x in results]
@@ -267,8 +268,8 @@ def _trace_equation(equation: Any, operands: list[Dependence]) -> list[Dependenc
     return [_trace_operation(equation, operands, x.aval) for x in equation.outvars]
 
 
-def _another_value(dependence: Dependence) -> Dependence:
-    """Returns the dependence of a value that is made of a value or of its elements."""
+def _as_new_value(dependence: Dependence) -> Dependence:
+    """Returns a dependence without what identifies the value, such as its shift."""
     return _merge([dependence.with_stopped()])
 
 
@@ -300,7 +301,7 @@ def _trace_loop(
     """
     carried = slice(num_consts, num_consts + num_carry)
     consts, carry = operands[:num_consts], [_merge([x]) for x in operands[carried]]
-    rows = list(map(_another_value, operands[carried.stop :]))
+    rows = list(map(_as_new_value, operands[carried.stop :]))
     while True:
         results = _trace_jaxpr(body.jaxpr, [*consts, *carry, *rows])
         pairs = zip(carry, results[:num_carry], strict=True)
@@ -342,9 +343,7 @@ def _trace_operation(
     if jnp.issubdtype(result.dtype, jnp.inexact):
         shift = NO_SHIFT
         if any(x.shift.terms for x in floats):
-            variables = itertools.compress(equation.invars, is_float)
-            pairs = zip(variables, floats, strict=True)
-            rule = shift_of_result(equation, [as_operand(*pair) for pair in pairs])
+            rule = shift_of_result(equation, floats)
             if rule is None:
                 floats = [x.with_stopped() for x in floats]
             else:
@@ -368,7 +367,7 @@ def _trace_operation(
         if name == "stop_gradient" and is_maximum:
             lost = _lose(equation, total).lost - total.lost
             axes = varying_axes(result.shape, operands[0].repeated)
-            value = StoppedValue(operands[0].number, axes, lost)
+            value = StoppedValue(operands[0].identity, axes, lost)
             shift = add_shifts(total.shift, Shift(frozenset({(value, 1.0)})))
             return total._replace(leaves=frozenset(), is_maximum=True, shift=shift)
         if name not in PIECEWISE_CONSTANT:

@@ -3,7 +3,7 @@
 A value is followed as ``v + s`` or as ``v exp(s)``, where ``s`` is a sum of stopped
 values with coefficients. Where all coefficients of a result are zero, the stopped
 maxima have cancelled, and no derivative is lost. Stopped values are told apart by the
-numbers of what was stopped, and by the axes along which they vary. Weights without a
+identities of what was stopped, and by the axes along which they vary. Weights without a
 derivative that are summed over one axis, such as labels, are taken for a mean, which
 leaves a shift unchanged; all other rules are exact up to guards and masks. An operation
 without a rule makes the stopped maxima count as lost.
@@ -45,13 +45,13 @@ class StoppedValue:
     """A stopped maximum, or a product or sum that is made of one.
 
     Attributes:
-      number: Its number, which equal values share.
+      identity: Its identity, which equal values share.
       axes: For each of its axes that is longer than 1, the axis of the value that has
         it as a shift.
       lost: The derivatives that it has lost.
     """
 
-    number: Any
+    identity: Any
     axes: tuple[int, ...]
     lost: frozenset[Any] = dataclasses.field(compare=False)
 
@@ -89,66 +89,35 @@ class Shift(NamedTuple):
 NO_SHIFT = Shift()
 
 
-class Operand(NamedTuple):
-    """A float operand of an operation.
+def identity_of(*parts: Any) -> bytes:
+    """Returns an identity for a value that is computed from ``parts``.
 
-    Attributes:
-      shape: Its shape.
-      shift: Its shift.
-      is_constant: Whether no derivative arrives, and none was lost on the way.
-      number: Its number, which equal values share.
-      constant: Its value, if all elements are the same literal, or None.
-      repeated: Axes along which a broadcast has repeated it.
-    """
-
-    shape: tuple[int, ...]
-    shift: Shift
-    is_constant: bool
-    number: Any
-    constant: float | None
-    repeated: frozenset[int]
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes along which the operand may vary."""
-        return varying_axes(self.shape, self.repeated)
-
-
-def as_operand(variable: Any, dependence: Any) -> Operand:
-    """Returns a variable of a jaxpr with the facts of its dependence."""
-    x, shape = dependence, variable.aval.shape
-    return Operand(shape, x.shift, x.is_constant, x.number, x.constant, x.repeated)
-
-
-def number_of(*parts: Any) -> bytes:
-    """Returns a number for a value that is computed from ``parts``.
-
-    Equal parts have equal numbers, and different parts different ones.
+    Equal parts have equal identities, and different parts different ones.
     """
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 class Stopped(NamedTuple):
-    """The number of a value that `jax.lax.stop_gradient` returns.
+    """The identity of a value that `jax.lax.stop_gradient` returns.
 
     Attributes:
-      number: The number of the same value with its derivative.
+      identity: The identity of the same value with its derivative.
     """
 
-    number: Any
+    identity: Any
 
 
-def number_of_result(equation: Any, numbers: list[Any], index: int) -> Any:
-    """Returns the number of a result of an operation on operands with ``numbers``.
+def identity_of_result(equation: Any, identities: list[Any], index: int) -> Any:
+    """Returns the identity of a result, from those of the operands.
 
     An operation that keeps the elements of a stopped value has a stopped result.
     """
     name, params = equation.primitive.name, equation.params
     if name == "stop_gradient":
-        return Stopped(numbers[0])
-    if name in SAME_ELEMENTS and isinstance(numbers[0], Stopped):
-        return Stopped((number_of(name, params, [numbers[0].number]), 0))
-    return number_of(name, params, numbers), index
+        return Stopped(identities[0])
+    if name in SAME_ELEMENTS and isinstance(identities[0], Stopped):
+        return Stopped((identity_of(name, params, [identities[0].identity]), 0))
+    return identity_of(name, params, identities), index
 
 
 def varying_axes(shape: Sequence[int], repeated: Collection[int]) -> tuple[int, ...]:
@@ -205,12 +174,12 @@ def common_shift(operands: Sequence[Any]) -> Shift | None:
     return shifts.pop() if len(shifts) == 1 else None
 
 
-def shift_of_result(equation: Any, operands: list[Operand]) -> Shift | None:
+def shift_of_result(equation: Any, operands: list[Any]) -> Shift | None:
     """Returns the shift of the result of an operation, or None without a rule.
 
     Args:
       equation: The equation of the jaxpr.
-      operands: The float operands.
+      operands: The `Dependence` of each float operand.
     """
     name, x = equation.primitive.name, operands[0].shift
     is_factor = any(operand.shift.is_factor for operand in operands)
@@ -220,11 +189,11 @@ def shift_of_result(equation: Any, operands: list[Operand]) -> Shift | None:
         case "max" | "min":
             return _shift_of_extremum(name, operands, is_factor)
         case "mul" | "div":
-            return _shift_of_product(name, operands)
+            return _shift_of_product(equation, operands)
         case "dot_general" if len(operands) == 2:
             return _shift_of_dot(equation, operands)
         case "reduce_sum" if not is_factor:
-            return _sum_shift(x, operands[0].shape, equation.params["axes"])
+            return _sum_shift(x, equation.invars[0].aval.shape, equation.params["axes"])
         case "neg":
             return x if is_factor else add_shifts(NO_SHIFT, x, -1)
         case "exp" if not is_factor:
@@ -243,7 +212,7 @@ def shift_of_result(equation: Any, operands: list[Operand]) -> Shift | None:
     return None
 
 
-def _shift_of_sum(name: str, operands: list[Operand], is_factor: bool) -> Shift | None:
+def _shift_of_sum(name: str, operands: list[Any], is_factor: bool) -> Shift | None:
     a, b = operands
     x, y = a.shift, b.shift
     if not is_factor:
@@ -254,9 +223,7 @@ def _shift_of_sum(name: str, operands: list[Operand], is_factor: bool) -> Shift 
     return x if x == y else None
 
 
-def _shift_of_extremum(
-    name: str, operands: list[Operand], is_factor: bool
-) -> Shift | None:
+def _shift_of_extremum(name: str, operands: list[Any], is_factor: bool) -> Shift | None:
     def is_neutral(c: float) -> bool:
         is_bound = c <= MASKED if name == "max" else c == math.inf
         return is_bound or (is_factor and abs(c) <= MAX_GUARD)
@@ -267,40 +234,45 @@ def _shift_of_extremum(
     return shifts.pop() if len(shifts) == 1 else None
 
 
-def _shift_of_product(name: str, operands: list[Operand]) -> Shift | None:
-    a, b = operands
+def _shift_of_product(equation: Any, operands: list[Any]) -> Shift | None:
+    name, (a, b) = equation.primitive.name, operands
     x, y = a.shift, b.shift
     is_quotient = name == "div"
     if all(shift.is_factor or not shift.terms for shift in (x, y)):
         return add_shifts(x, y, -1 if is_quotient else 1, True)
     if (x.terms and y.terms) or (is_quotient and y.terms):
         return None
-    x, b = (y, a) if y.terms else (x, b)
+    left, right = equation.invars
+    x, b, weights = (y, a, left) if y.terms else (x, b, right)
     if b.constant is not None and math.isfinite(b.constant):
         if is_quotient:
             return add_shifts(NO_SHIFT, x, 1 / b.constant) if b.constant else None
         return add_shifts(NO_SHIFT, x, b.constant)
 
+    weight_axes = varying_axes(weights.aval.shape, b.repeated)
+
     def weighted(value: StoppedValue) -> StoppedValue:
-        number = number_of(name, value.number, value.axes, b.number, b.axes)
-        axes = tuple(sorted({*value.axes, *b.axes}))
-        return StoppedValue(number, axes, value.lost)
+        identity = identity_of(
+            name, value.identity, value.axes, b.identity, weight_axes
+        )
+        axes = tuple(sorted({*value.axes, *weight_axes}))
+        return StoppedValue(identity, axes, value.lost)
 
     return Shift(x.apply(weighted).terms, False, x.terms if b.is_constant else Terms())
 
 
-def _shift_of_dot(equation: Any, operands: list[Operand]) -> Shift | None:
+def _shift_of_dot(equation: Any, operands: list[Any]) -> Shift | None:
     a, b = operands
     contracted, batch = equation.params["dimension_numbers"]
     num_batch = len(batch[0])
     shifts, num_free = [], 0
-    for i, operand in enumerate((a, b)):
+    for i, variable in enumerate(equation.invars):
         is_free = lambda axis, i=i: axis not in (*contracted[i], *batch[i])
-        free = list(filter(is_free, range(len(operand.shape))))
+        free = list(filter(is_free, range(variable.aval.ndim)))
         new_axes = {axis: k for k, axis in enumerate(batch[i])}
         new_axes |= {axis: num_batch + num_free + k for k, axis in enumerate(free)}
         num_free += len(free)
-        shifts.append(_move(operand.shift, new_axes))
+        shifts.append(_move(operands[i].shift, new_axes))
     x, y = shifts
     if x is None or y is None:
         return None
@@ -323,11 +295,13 @@ def _sum_shift(x: Shift, shape: Sequence[int], axes: Collection[int]) -> Shift:
 
     def summed(value: StoppedValue) -> StoppedValue:
         positions = [k for k, axis in enumerate(value.axes) if axis in axes]
-        number = (
-            number_of("sum", value.number, positions) if positions else value.number
+        identity = (
+            identity_of("sum", value.identity, positions)
+            if positions
+            else value.identity
         )
         new_axes = tuple(remaining.index(i) for i in value.axes if i not in axes)
-        return StoppedValue(number, new_axes, value.lost)
+        return StoppedValue(identity, new_axes, value.lost)
 
     def num_summed(value: StoppedValue) -> int:
         is_mean = terms is x.unweighted
