@@ -276,10 +276,11 @@ def at_draw(
     *,
     stream: str = "direction",
 ) -> Data:
-    """Returns the data at one of the draws of an estimate, or of another draw.
+    """Returns the data at one draw of an estimate.
 
     `sample_batch` then returns the batch of this draw, for whatever key. Data that is
-    not sampled in shuffled passes is returned as it is.
+    at a draw already is divided again. Data that is not sampled in shuffled passes is
+    returned as it is.
 
     Args:
       data: The data.

@@ -47,7 +47,7 @@ class PassPosition(eqx.Module):
         return PassPosition(seed, self.number * num_draws + number, is_batch=True)
 
     def in_own_order(self, number: Array | int) -> "PassPosition":
-        """Returns the position in passes that only this number has."""
+        """Returns the position in passes whose order depends on the number too."""
         number = hash_bits(jnp.asarray(number).astype(jnp.uint32))
         seed = jnp.stack([self.seed[0], hash_bits(self.seed[1] + number)])
         return PassPosition(seed, self.number, self.is_batch)

@@ -25,6 +25,11 @@ def scalar_dtype(*trees: PyTree) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(trees)), jnp.float32)
 
 
+def machine_eps(x: PyTree) -> float:
+    """Returns the machine epsilon of the dtype to which the leaves promote."""
+    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).eps)
+
+
 def max_machine_eps(*trees: PyTree) -> float:
     """Returns the machine epsilon of the coarsest leaf."""
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))

@@ -278,10 +278,8 @@ def check_solver(solver: Any) -> None:
         )
 
 
-def check_optimizer(name: str, value: Any, *, optional: bool = False) -> None:
+def check_optimizer(name: str, value: Any) -> None:
     """Raises TypeError unless the value is an optax transformation."""
-    if optional and value is None:
-        return
     if isinstance(value, optax.GradientTransformation):
         return
     got, remedy = type(value).__name__, ""

@@ -232,7 +232,7 @@ def split_steps(num_steps: int) -> tuple[int, int, int]:
     return num_steps // 2, num_steps % 2, num_steps // 2
 
 
-def uses_checkpoints(num_steps: int) -> bool:
+def has_segments(num_steps: int) -> bool:
     """Returns True if a run has enough steps for segments; fewer are all stored."""
     return num_steps >= 4
 
@@ -251,7 +251,7 @@ def _scan(
 ) -> PyTree:
     """Returns the last carry of ``lax.scan`` over ``xs``, run in segments if asked."""
     scan = lambda carry, xs: jax.lax.scan(step, carry, xs)[0]
-    if not (checkpoint and uses_checkpoints(num_steps)):
+    if not (checkpoint and has_segments(num_steps)):
         return scan(carry, xs)
     # The reverse pass keeps a carry per segment, and one per step of one segment.
     length = segment_length(num_steps)

@@ -15,7 +15,7 @@ from ..products import Loss, with_mixed_mode
 from ..trees import is_key
 from ..validation import KEY_SHAPE
 from .base import IterativeSolver
-from .descent import segment_length, store_carries, uses_checkpoints
+from .descent import has_segments, segment_length, store_carries
 
 
 class Storage(NamedTuple):
@@ -134,7 +134,7 @@ def choose_storage(
     step_bytes = sizes.all_values if sizes.mixed_mode is None else sizes.mixed_mode
     all_carries = Storage(False, is_mixed, num_steps * step_bytes)
     segments = all_carries
-    if uses_checkpoints(num_steps):
+    if has_segments(num_steps):
         length = segment_length(num_steps)
         num_segments = math.ceil(num_steps / length)
         num_bytes = num_segments * sizes.carry + length * step_bytes

@@ -1,11 +1,12 @@
 """The interface of linear solvers, and one function that calls any of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
+import optax
 from jaxtyping import Array, PyTree
 
 from ..runtime.compat import NORMAL_CHOLESKY_FORMS_H_ONCE
@@ -76,6 +77,12 @@ class SymmetricSolver(lx.AbstractLinearSolver):
     - ``summary``: Tuple of `MethodSummary`, its rows in the guide.
     """
 
+    exact: ClassVar[bool] = False
+
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """Returns 0; a solver with an error beyond its tolerance overrides this."""
+        return 0.0
+
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
         """Returns the operator; raises ValueError unless it is tagged symmetric."""
         del options
@@ -97,16 +104,6 @@ class SymmetricSolver(lx.AbstractLinearSolver):
     def assume_full_rank(self) -> bool:
         """Returns True, because the Hessian at a strict minimum is invertible."""
         return True
-
-
-def hessian_operator(matvec: MatVec, like: PyTree) -> lx.AbstractLinearOperator:
-    """Returns ``matvec`` as a lineax operator on vectors structured like ``like``.
-
-    The operator is tagged positive semidefinite, as the Hessian at a minimum is. For
-    any other ``H`` the residual is large or `CG` reports negative curvature.
-    """
-    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-    return lx.FunctionLinearOperator(matvec, structure, _HESSIAN_TAGS)
 
 
 def solve_linear(
@@ -138,7 +135,10 @@ def solve_linear(
     if not isinstance(solver, SymmetricSolver):
         # Solvers of lineax need one dtype, and LAPACK has none below float32.
         matvec, b, y0 = _with_one_dtype(matvec, b, y0)
-    operator = hessian_operator(matvec, b)
+    structure = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), b)
+    # Positive semidefinite, as the Hessian at a minimum is. For any other H the
+    # residual is large or `CG` reports negative curvature.
+    operator = lx.FunctionLinearOperator(matvec, structure, _HESSIAN_TAGS)
     options = {
         "y0": y0,
         "true_residual": False,
@@ -176,7 +176,7 @@ def _count_products(
 
     `SymmetricSolver` defines both.
     """
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    dimension = optax.tree.size(b)
     num_shared = stats.get("num_shared", 0)
     if "num_products" in stats:
         return stats["num_products"], num_shared

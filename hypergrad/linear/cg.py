@@ -18,6 +18,7 @@ from ..trees import (
     apply_unless,
     divide,
     is_zero,
+    machine_eps,
     norm,
     norm_ratio,
     power_of_two_scale,
@@ -115,10 +116,6 @@ class CG(SymmetricSolver):
         """True if the steps do not depend on the units of ``w``."""
         return self.preconditioner == "diagonal"
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Returns 0, because the solution is exact up to the tolerance."""
-        return 0.0
-
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
@@ -132,7 +129,9 @@ class CG(SymmetricSolver):
         if callable(preconditioner):
             return run(state.mv, vector, options=options, preconditioner=preconditioner)
         solve = lambda matvec, b, y0: run(matvec, b, options=options | {"y0": y0})
-        return solve_equilibrated(solve, state.mv, vector, options.get("y0"))
+        return solve_equilibrated(
+            solve, state.mv, vector, options.get("y0"), options.get("scaling")
+        )
 
 
 def conjugate_gradients(
@@ -156,8 +155,8 @@ def conjugate_gradients(
     Returns:
       ``(v, result, stats)``. The Ritz values are those of ``P^-1 H``.
     """
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    eps = machine_eps(b)
+    dimension = optax.tree.size(b)
     if rtol is None:
         rtol = eps**0.75
     if max_steps is None:

@@ -104,7 +104,7 @@ def equilibrate(
 
     Source: after Bradley & Murray 2011 (arXiv 1110.2805), section 3.
     """
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(like))
+    dimension = optax.tree.size(like)
     if dimension <= MAX_DENSE_DIMENSION:
         return Scaling(_dense_scaling(matvec, like), dimension)
     log_s = optax.tree.zeros_like(like)

@@ -26,7 +26,6 @@ class Identity(SymmetricSolver):
     """
 
     citations = ("luketina2016",)
-    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Identity())",

@@ -14,6 +14,7 @@ from ..trees import (
     add_scale,
     all_finite,
     divide,
+    machine_eps,
     max_machine_eps,
     norm,
     power_of_two_scale,
@@ -114,10 +115,6 @@ class MINRES(SymmetricSolver):
                 f"{self.preconditioner!r}. CG also takes a function."
             )
 
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Returns 0, because the solution is exact up to the tolerance."""
-        return 0.0
-
     def compute(
         self, state: lx.AbstractLinearOperator, vector: PyTree, options: dict[str, Any]
     ) -> tuple[PyTree, lx.RESULTS, dict[str, Any]]:
@@ -152,8 +149,8 @@ def minimum_residual(
       ``(v, result, stats)``. The result is successful if the true residual is at most
       ``rtol ||b||``, or at most the rounding error of ``H v`` if that is small.
     """
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    eps = machine_eps(b)
+    dimension = optax.tree.size(b)
     rtol = eps**0.75 if rtol is None else rtol
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), 1)
@@ -253,7 +250,7 @@ def _run_recurrence(
     matvec: MatVec, b: PyTree, tol: Array, max_steps: Array | int
 ) -> _LanczosState:
     """Runs the loop from zero until ``||b - H x|| <= tol``."""
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
+    eps = machine_eps(b)
 
     def cond_fun(state):
         is_running = (state.num_steps < max_steps) & ~state.is_stalled

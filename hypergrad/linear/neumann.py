@@ -56,7 +56,6 @@ class Neumann(SymmetricSolver):
     )
 
     citations = ("lorraine2020",)
-    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Neumann(K))",

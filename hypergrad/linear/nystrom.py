@@ -84,7 +84,6 @@ class Nystrom(SymmetricSolver):
     key: Array | None = None
 
     citations = ("hataya2023", "frangella2023")
-    exact = False
     summary = (
         MethodSummary(
             "Implicit(solver, hg.Nystrom(r))",
@@ -198,10 +197,6 @@ class NystromCG(SymmetricSolver):
         check_positive_int("rank", self.rank)
         check_positive_int("refresh_every", self.refresh_every)
         check_positive_int("max_steps", self.max_steps, optional=True)
-
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Returns 0, because the solution is exact up to the tolerance."""
-        return 0.0
 
     def prepare(self, matvec: MatVec, like: PyTree) -> tuple[PyTree, int]:
         """Returns the sketch that `compute` takes as ``options["prepared"]``.

@@ -18,6 +18,7 @@ from ..trees import (
     apply_unless,
     divide,
     is_zero,
+    machine_eps,
     norm,
     power_of_two_scale,
     scale,
@@ -38,11 +39,12 @@ class ScaledSolution(NamedTuple):
       v: Solution of ``H v = b``.
       target_solutions: Approximate solutions for the targets, with their leading axis.
       target_residuals: What the solutions leave of the targets.
-      last_change: Change of ``v`` in the last two steps; zero if ``b - H v`` is down to
-        rounding or fell by 1e-6 in them, because the Krylov space is then exhausted,
-        as it is after as many steps as dimensions with a residual of ``eps^(3/4)``.
-        It is multiplied by the number of pairs of steps that may follow, k / 4 after k
-        steps, but no more than half of the dimensions that are left, and by 1 at least.
+      expected_error: Estimate of the error of ``v``: its change in the last two steps
+        times the number of pairs of steps that may follow, k / 4 after k steps, but no
+        more than half of the dimensions that are left, and 1 at least. It is zero if
+        ``b - H v`` is down to rounding or fell by 1e-6 in these steps, because the
+        Krylov space is then exhausted, as it is after as many steps as dimensions with
+        a residual of ``eps^(3/4)``.
       residual: ``||S (b - H v)|| / ||S b||`` by the recurrence.
       curvature_min, curvature_max: Extreme values of ``p'S H S p / p'p`` over the
         directions ``p``, which lie within the spectrum of ``S H S``.
@@ -58,7 +60,7 @@ class ScaledSolution(NamedTuple):
     v: PyTree
     target_solutions: PyTree
     target_residuals: PyTree
-    last_change: PyTree
+    expected_error: PyTree
     residual: Scalar
     curvature_min: Scalar
     curvature_max: Scalar
@@ -132,8 +134,8 @@ def scaled_cg(
     Source: Hestenes & Stiefel 1952; the projections follow from the conjugacy of the
     directions, Golub & Van Loan, section 11.3.
     """
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(b))).eps)
-    dimension = sum(leaf.size for leaf in jax.tree.leaves(b))
+    eps = machine_eps(b)
+    dimension = optax.tree.size(b)
     rtol = eps**DEFAULT_RTOL_EXPONENT if rtol is None else rtol
     if max_steps is None:
         max_steps = max(min(10 * dimension, 1000), MIN_STEPS)
@@ -168,7 +170,7 @@ def scaled_cg(
         v=unscale(x),
         target_solutions=unscale_all(scaling.multiply, state.solutions),
         target_residuals=unscale_all(scaling.divide, state.targets),
-        last_change=unscale(_last_change(state, dimension, b_norm, eps)),
+        expected_error=unscale(_expected_error(state, dimension, b_norm, eps)),
         residual=jnp.where(b_norm == 0, 0.0, residual / b_norm),
         curvature_min=state.curvature_min,
         curvature_max=state.curvature_max,
@@ -225,7 +227,7 @@ def _step(matvec: MatVec, state: _State) -> _State:
     curvature = vdot(p, Hp)
     # Along a direction without curvature a step would be infinite, or noise.
     rayleigh = curvature / vdot(p, p)
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(p))).eps)
+    eps = machine_eps(p)
     noise = eps * jnp.fmax(state.curvature_max, jnp.abs(rayleigh))
     is_stopped = ~(rayleigh > noise)
     safe_curvature = jnp.where(is_stopped, 1.0, curvature)
@@ -260,8 +262,8 @@ def _step(matvec: MatVec, state: _State) -> _State:
     )
 
 
-def _last_change(state: _State, dimension: int, b_norm: Array, eps: float) -> PyTree:
-    """Returns `ScaledSolution.last_change`, in the coordinates of ``S H S``."""
+def _expected_error(state: _State, dimension: int, b_norm: Array, eps: float) -> PyTree:
+    """Returns `ScaledSolution.expected_error`, in the coordinates of ``S H S``."""
     residual = jnp.sqrt(state.rr)
     has_error = residual > 40 * eps * b_norm
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
@@ -308,7 +310,7 @@ def add_gradient_step(
     Hp = scaling.matvec(matvec)(p)
     curvature = vdot(p, Hp)
     # Along a direction without curvature a step would be infinite, or noise.
-    eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(p))).eps)
+    eps = machine_eps(p)
     is_positive = curvature > eps * jnp.fmax(curvature_max, 0.0) * vdot(p, p)
     safe_curvature = jnp.where(is_positive, curvature, 1.0)
     direction = scaling.multiply(p)
@@ -351,7 +353,7 @@ def _project(
     d = jnp.where(diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 0)
     pseudo_inverse = jnp.outer(d, d)
     if size > 1:
-        eps = float(jnp.finfo(jnp.result_type(*jax.tree.leaves(W))).eps)
+        eps = machine_eps(W)
         gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
         eigenvalues, q = _symmetric_eigh(gram)
         # Smaller eigenvalues are those of nearly dependent vectors, mostly rounding.

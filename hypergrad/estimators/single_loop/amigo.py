@@ -8,9 +8,10 @@ from jaxtyping import PyTree
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...products import hvp
 from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import alpha_direction, run_adjoint_steps, run_inner_steps
+from .inner_loops import alpha_direction, run_w_steps, scan_with_first_output
 
 
 class AmIGO(SingleLoop):
@@ -31,9 +32,6 @@ class AmIGO(SingleLoop):
       and one outer gradient; each on one batch.
     Memory: that of SOBA.
     Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Arbel & Mairal 2022 (arXiv 2111.14580).
 
@@ -83,18 +81,25 @@ class AmIGO(SingleLoop):
     ) -> tuple[Step, SingleLoopState]:
         """Runs both loops and evaluates the direction after them."""
         # w <- w - rho dL/dw, num_steps times
-        state, inner_grad = run_inner_steps(
+        state, inner_grad = run_w_steps(
             self, problem, state, alpha, data, self.num_steps
         )
         cross_key, adjoint_key = jax.random.split(data.inner_key)
         # All steps of v share b = dM/dw, which depends on w only.
         outer_batch = sample_in_pass(data.outer_data, data.outer_key)
         value, b, direct = problem.outer_value_and_grads(state.w, alpha, outer_batch)
-        # v <- v - rho (H v - b), num_adjoint_steps times
-        state, residual = run_adjoint_steps(
-            self, problem, state, alpha, b, data.inner_data, adjoint_key,
-            self.num_adjoint_steps,
-        )  # fmt: skip
+
+        def move_adjoint(state, key, k):
+            batch = sample_in_pass(
+                data.inner_data, key, k, self.num_adjoint_steps, stream="v"
+            )
+            Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
+            residual = optax.tree.sub(Hv, b)
+            # v <- v - rho (H v - b)
+            return self.move_v(state, residual), residual
+
+        keys = jax.random.split(adjoint_key, self.num_adjoint_steps)
+        state, residual = scan_with_first_output(move_adjoint, state, keys, b)
         # dM/dalpha - J' v
         batch = sample_in_pass(data.inner_data, cross_key)
         direction = alpha_direction(problem, state.w, state.v, alpha, direct, batch)

@@ -31,6 +31,7 @@ class SingleLoopState(eqx.Module):
       v: Adjoint, structured like ``w``; None for a method without an adjoint.
       v_opt_state: State of the optimizer of ``v``, or None.
       memory: Further state of the method, from `SingleLoop.init_memory`.
+      num_steps: Number of outer steps made, which `SingleLoop.estimate` counts.
     """
 
     w: PyTree
@@ -38,6 +39,7 @@ class SingleLoopState(eqx.Module):
     v: PyTree = None
     v_opt_state: PyTree = None
     memory: Any = None
+    num_steps: Any = None
 
 
 class Step(eqx.Module):
@@ -78,6 +80,8 @@ class SingleLoop(eqx.Module):
     statistics (`estimate`), and steps of ``w`` and ``v`` along given directions
     (`move_w`, `move_v`). Estimates are never `trusted`, because one step does not solve
     the inner problem; ``certify_every`` of `hypergrad.OuterLoop` checks them.
+    `hypergrad.hypergradient` refuses these methods with a TypeError, because a single
+    step from a start says nothing; use `minimize`.
 
     The statistic ``inner_grad_norm`` is the norm of ``Step.inner_grad``. No gradient is
     evaluated for it alone: `AmIGO`, `F2SA`, `PZOBO`, `StocBiO` and `TTSA` report the
@@ -224,7 +228,7 @@ class SingleLoop(eqx.Module):
         _check_update("optimizer", self.optimizer, w)
         if self.v_optimizer is not self.optimizer:
             _check_update("adjoint_optimizer", self.v_optimizer, w)
-        state = SingleLoopState(w, self.optimizer.init(w))
+        state = SingleLoopState(w, self.optimizer.init(w), num_steps=jnp.asarray(0))
         if self.uses_adjoint:
             v = optax.tree.zeros_like(w)
             state = replace(state, v=v, v_opt_state=self.v_optimizer.init(v))
@@ -235,7 +239,8 @@ class SingleLoop(eqx.Module):
     ) -> tuple[Estimate, SingleLoopState]:
         """Samples the data of a step, makes the step and returns it as an estimate."""
         data = EstimateData.sample(problem, key)
-        step, state = self.step(problem, state, alpha, data)
+        step, new_state = self.step(problem, state, alpha, data)
+        new_state = replace(new_state, num_steps=state.num_steps + 1)
         stats = cost_stats(data.inner_data, data.outer_data, **step.counts)
         if step.residual is not None:
             # Where M does not depend on w, b = 0 and the adjoint v = 0 is exact.
@@ -250,7 +255,7 @@ class SingleLoop(eqx.Module):
             standard_error=step.standard_error,
             **stats,
         )
-        return estimate, state
+        return estimate, new_state
 
     def move_w(self, state: SingleLoopState, direction: PyTree) -> SingleLoopState:
         """Returns the state after one optimizer step of ``w`` against ``direction``."""

@@ -38,9 +38,6 @@ class BOME(SingleLoop):
     Bias: the lag of ``w`` behind ``alpha``. The direction for ``alpha`` estimates the
       hypergradient only together with the direction for ``w``. Target: argmin.
 
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
-
     Source: Liu, Ye, Wright, Stone & Liu 2022 (arXiv 2209.08709).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg

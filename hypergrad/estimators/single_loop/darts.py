@@ -1,17 +1,17 @@
 """DARTS, differentiable architecture search (Liu, Simonyan & Yang 2019)."""
 
-from dataclasses import replace
+import operator
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from ...batches import sample_in_pass
 from ...checks.lost_derivatives import losses_with_batches
-from ...checks.problem import check_on_shapes, names_without_gradient
-from ...jaxprs.inspection import alpha_has_gradient
+from ...checks.problem import check_on_shapes
+from ...jaxprs.inspection import alpha_has_gradient, leaf_names
 from ...linear.neumann import Neumann
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
@@ -51,7 +51,6 @@ class DARTS(SingleLoop):
       for the first order, the whole indirect term. Target: argmin.
 
     Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
       TypeError: With ``step_size``, the inner loss fails if leaves of ``w`` and
         ``alpha`` that are shorter than float32 are passed in float32.
       ValueError: ``step_size`` is None and the outer loss does not depend on a leaf of
@@ -96,8 +95,8 @@ class DARTS(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> Int[Array, ""]:
-        """Returns 0, the number of outer steps made.
+    ) -> None:
+        """Checks the losses; the method has no memory.
 
         Raises:
           TypeError: The inner loss does not accept in float32 what is shorter.
@@ -106,7 +105,6 @@ class DARTS(SingleLoop):
         """
         check = _check_direct_term if self.step_size is None else _check_wide_loss
         check_on_shapes(check, problem, state.w, alpha)
-        return jnp.asarray(0)
 
     def step(
         self,
@@ -122,7 +120,7 @@ class DARTS(SingleLoop):
         batch = sample_in_pass(data.inner_data, data.solver_key, stream="w")
         # w <- w - rho dL/dw
         inner_grad, _ = inner_grads(state.w, alpha, batch)
-        has_alpha_moved = state.memory > 0
+        has_alpha_moved = state.num_steps > 0
         state = optax.tree.where(has_alpha_moved, self.move_w(state, inner_grad), state)
         w = state.w
 
@@ -159,14 +157,14 @@ class DARTS(SingleLoop):
         step = Step(
             value, direction, w, inner_grad, counts, num_inner_steps=num_inner_steps
         )
-        return step, replace(state, memory=state.memory + 1)
+        return step, state
 
 
 def _check_direct_term(problem: Bilevel, w: PyTree, alpha: PyTree) -> None:
     """Raises ValueError for a leaf of ``alpha`` that the outer loss does not use."""
     _, (_, outer_loss, batch) = losses_with_batches(problem)
     has_gradient = alpha_has_gradient(outer_loss, w, alpha, batch)
-    if unused := names_without_gradient(alpha, has_gradient):
+    if unused := leaf_names("alpha", alpha, map(operator.not_, has_gradient)):
         raise ValueError(
             f"step_size must be given: the outer loss does not depend on {unused}, so "
             "that the direction of first order is zero there."

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
@@ -17,18 +16,6 @@ from ...trees import add_scale, scale
 from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
 from .inner_loops import sample_streams, scan_with_first_output
-
-
-class F2SAMemory(eqx.Module):
-    """The second inner variable of F2SA; the first, ``y``, is ``w`` of the state.
-
-    Attributes:
-      z: State of the second inner variable, which follows the argmin of ``L``.
-      num_steps: Number of outer steps made.
-    """
-
-    z: SingleLoopState
-    num_steps: Int[Array, ""]
 
 
 class F2SA(SingleLoop):
@@ -48,7 +35,8 @@ class F2SA(SingleLoop):
     gradient of ``M + penalty L`` at a rate that falls as the penalty grows.
 
     The ``value`` and the ``w`` of a step are those of ``y``, which also lowers ``M``,
-    and the gradient norm is that of ``z``. Train by a solver before ``w`` is used.
+    and the gradient norm is that of ``z``. Solve the inner problem at the final
+    ``alpha`` before you use ``w``.
 
     Args:
       optimizer: Optax transformation for ``y`` and ``z``. A schedule in it counts their
@@ -62,9 +50,6 @@ class F2SA(SingleLoop):
     Memory: two vectors like ``w`` and the states of the optimizers.
     Bias: ``O(1 / penalty)``, and the lag of ``y`` and ``z`` behind ``alpha``. Target:
       argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Kwon, Kwon, Wright & Nowak 2023 (arXiv 2301.10945).
 
@@ -104,9 +89,9 @@ class F2SA(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> F2SAMemory:
-        """Returns ``z`` at the starting point of ``y``."""
-        return F2SAMemory(SingleLoopState(state.w, state.w_opt_state), jnp.asarray(0))
+    ) -> SingleLoopState:
+        """Returns ``z`` at the starting point of ``y``, which is ``w`` of the state."""
+        return SingleLoopState(state.w, state.w_opt_state)
 
     def step(
         self,
@@ -116,8 +101,7 @@ class F2SA(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes the steps of ``y`` and ``z`` and evaluates the direction after them."""
-        memory = state.memory
-        penalty = value_at_step(self.penalty, memory.num_steps)
+        penalty = value_at_step(self.penalty, state.num_steps)
         inner_loss = loss_on_all_cores(problem.inner_loss)
         inner_grads = jax.grad(inner_loss, argnums=(0, 1))
 
@@ -138,7 +122,9 @@ class F2SA(SingleLoop):
 
         y = SingleLoopState(state.w, state.w_opt_state)
         keys = jax.random.split(data.solver_key, self.num_steps)
-        (y, z), z_grad = scan_with_first_output(body_fun, (y, memory.z), keys, state.w)
+        (y, z), z_grad = scan_with_first_output(
+            body_fun, (y, state.memory), keys, state.w
+        )
 
         # dM/dalpha(y) + penalty (dL/dalpha(y) - dL/dalpha(z))
         outer_batch = sample_in_pass(data.outer_data, data.outer_key)
@@ -163,4 +149,4 @@ class F2SA(SingleLoop):
             counts,
             num_inner_steps=self.num_steps,
         )
-        return step, replace(y, memory=F2SAMemory(z, memory.num_steps + 1))
+        return step, replace(y, memory=z)

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
@@ -16,20 +15,6 @@ from ...validation import below_one, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, sample_streams
 from .variance_reduction import Point, storm_estimate, storm_momentum
-
-
-class FSLAMemory(eqx.Module):
-    """The previous direction of ``alpha``.
-
-    Attributes:
-      direction: The direction.
-      point: Where it was evaluated.
-      num_steps: Number of steps made.
-    """
-
-    direction: PyTree
-    point: Point
-    num_steps: Int[Array, ""]
 
 
 class FSLA(SingleLoop):
@@ -56,9 +41,6 @@ class FSLA(SingleLoop):
       outer gradients; each on one batch.
     Memory: that of SOBA, and its values of the previous step.
     Bias: the lag of ``w`` and ``v`` behind ``alpha``. Target: argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Li, Gu & Huang 2022 (arXiv 2112.04660).
 
@@ -98,10 +80,12 @@ class FSLA(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> FSLAMemory:
-        """Returns a zero direction, which the first step does not use."""
-        point = Point(state.w, state.v, alpha)
-        return FSLAMemory(optax.tree.zeros_like(alpha), point, jnp.asarray(0))
+    ) -> tuple[PyTree, Point]:
+        """Returns a zero direction, which the first step does not use, and its point.
+
+        They stand for the previous direction of ``alpha`` and where it was evaluated.
+        """
+        return optax.tree.zeros_like(alpha), Point(state.w, state.v, alpha)
 
     def step(
         self,
@@ -117,7 +101,7 @@ class FSLA(SingleLoop):
         b_batch, direct_batch = sample_streams(
             data.outer_data, data.outer_key, "v", "direction"
         )
-        memory = state.memory
+        previous_direction, previous_point = state.memory
 
         # w <- w - rho dL/dw
         inner_grad = jax.grad(problem.inner_loss)(state.w, alpha, w_batch)
@@ -139,9 +123,9 @@ class FSLA(SingleLoop):
         # d_t = D(t) + momentum (d_{t-1} - D(t-1))
         point = Point(state.w, state.v, alpha)
         value, new = evaluate(point)
-        _, old = evaluate(memory.point)
-        momentum = storm_momentum(self.momentum, memory.num_steps)
-        direction = storm_estimate(new, old, memory.direction, momentum)
+        _, old = evaluate(previous_point)
+        momentum = storm_momentum(self.momentum, state.num_steps)
+        direction = storm_estimate(new, old, previous_direction, momentum)
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {
@@ -150,5 +134,4 @@ class FSLA(SingleLoop):
             "num_outer_grads": 3 * outer_fraction,
         }
         step = Step(value, direction, state.w, inner_grad, counts, residual, b)
-        memory = FSLAMemory(direction, point, memory.num_steps + 1)
-        return step, replace(state, memory=memory)
+        return step, replace(state, memory=(direction, point))

@@ -1,4 +1,4 @@
-"""Short loops on fresh mini-batches: of ``w``, of ``v``, and the Neumann series."""
+"""Short loops on fresh mini-batches: steps of ``w``, and the Neumann series."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from .base import SingleLoop, SingleLoopState
 Points = tuple[tuple[PyTree, PyTree], ...]
 
 
-def run_inner_steps(
+def run_w_steps(
     method: SingleLoop,
     problem: Bilevel,
     state: SingleLoopState,
@@ -43,33 +43,6 @@ def run_inner_steps(
 
     keys = jax.random.split(data.solver_key, num_steps)
     return scan_with_first_output(make_step, state, keys, state.w)
-
-
-def run_adjoint_steps(
-    method: SingleLoop,
-    problem: Bilevel,
-    state: SingleLoopState,
-    alpha: PyTree,
-    b: PyTree,
-    data: Data,
-    key: Array,
-    num_steps: int,
-) -> tuple[SingleLoopState, PyTree]:
-    """Makes ``num_steps`` steps of ``v`` along ``H v - b``, each on a fresh batch.
-
-    Returns:
-      The state after the steps, and the residual ``H v - b`` before the first step.
-    """
-
-    def make_step(state, key, k):
-        batch = sample_in_pass(data, key, k, num_steps, stream="v")
-        Hv = hvp(problem.inner_loss, state.w, alpha, batch, state.v)
-        residual = optax.tree.sub(Hv, b)
-        # v <- v - rho (H v - b)
-        return method.move_v(state, residual), residual
-
-    keys = jax.random.split(key, num_steps)
-    return scan_with_first_output(make_step, state, keys, b)
 
 
 def sample_streams(data: Data, key: Array, *streams: str) -> list[PyTree]:
@@ -207,3 +180,34 @@ def alpha_direction(
       batch: Batch of the inner loss.
     """
     return optax.tree.sub(direct, cross_vjp(problem.inner_loss, w, alpha, batch, v))
+
+
+def evaluate_directions(
+    problem: Bilevel, series: StochasticNeumann, points: Points, data: EstimateData
+) -> tuple[list[Array], list[tuple[PyTree, PyTree]], Int[Array, ""]]:
+    """Returns the directions of ``w`` and ``alpha`` at each point, on the same batches.
+
+    They are ``dL/dw``, and ``dM/dalpha - J' v`` with ``v`` of a Neumann series.
+
+    Returns:
+      The outer value and the two directions at each ``(w, alpha)``, and the number of
+      Hessian-vector products of the series at each of them.
+    """
+    batch_key, series_key = jax.random.split(data.inner_key)
+    batch = sample_in_pass(data.inner_data, batch_key)
+    outer_batch = sample_in_pass(data.outer_data, data.outer_key)
+    outer = [problem.outer_value_and_grads(*point, outer_batch) for point in points]
+    bs = tuple(b for _, b, _ in outer)
+    # v = H^-1 b, approximately
+    vs, num_products = series.solve(problem, points, bs, data.inner_data, series_key)
+
+    def directions_at(w, alpha, v, direct):
+        inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
+        # dM/dalpha - J' v
+        return inner_grad, alpha_direction(problem, w, v, alpha, direct, batch)
+
+    directions = [
+        directions_at(*point, v, direct)
+        for point, v, (_, _, direct) in zip(points, vs, outer, strict=True)
+    ]
+    return [value for value, _, _ in outer], directions, num_products

@@ -1,8 +1,10 @@
 """MRBO, the momentum-based recursive bilevel optimizer (Yang, Ji & Liang 2021)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
+import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
@@ -13,9 +15,9 @@ from ...validation import (
     or_schedule,
     positive,
 )
-from .base import SingleLoop, SingleLoopState, Step
-from .inner_loops import StochasticNeumann
-from .storm import StormState, init_storm, storm_step
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .inner_loops import StochasticNeumann, evaluate_directions
+from .variance_reduction import storm_estimate, storm_momentum
 
 
 class MRBO(SingleLoop):
@@ -42,9 +44,6 @@ class MRBO(SingleLoop):
     Memory: five vectors like ``w``.
     Bias: the lag of ``w`` behind ``alpha``, and the part ``(1 - step_size lambda)^K``
       of the adjoint along each eigenvector of ``H``. Target: argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Yang, Ji & Liang 2021 (arXiv 2106.04692).
 
@@ -94,9 +93,14 @@ class MRBO(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> StormState:
-        """Returns the state of STORM."""
-        return init_storm(state.w, alpha)
+    ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree]]:
+        """Returns zero directions, which the first step does not use, and their point.
+
+        They stand for the previous estimates of both directions and for the
+        ``(w, alpha)`` at which they were made.
+        """
+        point = state.w, alpha
+        return optax.tree.zeros_like(point), point
 
     def step(
         self,
@@ -105,5 +109,24 @@ class MRBO(SingleLoop):
         alpha: PyTree,
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
-        """Makes a step of STORM."""
-        return storm_step(self, self.momentum, self.series, problem, state, alpha, data)
+        """Estimates both directions by STORM and moves ``w`` along the first."""
+        (previous, previous_point), point = state.memory, (state.w, alpha)
+        # D(t) and D(t-1) on the same batches, so that their noise cancels
+        (value, _), (new, old), num_products = evaluate_directions(
+            problem, self.series, (point, previous_point), data
+        )
+        # d_t = D(t) + momentum (d_{t-1} - D(t-1))
+        momentum = storm_momentum(self.momentum, state.num_steps)
+        directions = storm_estimate(new, old, previous, momentum)
+        w_direction, direction = directions
+        inner_fraction, outer_fraction = batch_fractions(data)
+        counts = {
+            "num_grads": 2 * inner_fraction,
+            # One product more per point, for the cross term J' v.
+            "num_hvps": 2 * inner_fraction * (num_products + 1),
+            "num_outer_grads": 2 * outer_fraction,
+        }
+        step = Step(value, direction, state.w, w_direction, counts)
+        # w <- w - rho d_t
+        new_state = self.move_w(state, w_direction)
+        return step, replace(new_state, memory=(directions, point))

@@ -14,7 +14,7 @@ from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error
 from ..evolution import is_resolved
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import run_inner_steps
+from .inner_loops import run_w_steps
 
 
 class PZOBO(SingleLoop):
@@ -47,9 +47,6 @@ class PZOBO(SingleLoop):
     Bias: relative to the derivative of the argmin, the contribution of steps before the
       last m, and ``O(sigma)``. The noise has the relative variance ``(N + 1) / n`` for
       N numbers in ``alpha``. Target: argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Sow, Ji & Liang 2022 (arXiv 2110.07004).
 
@@ -97,7 +94,7 @@ class PZOBO(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes the inner steps at each ``alpha`` and evaluates the direction."""
-        run = lambda alpha: run_inner_steps(
+        run = lambda alpha: run_w_steps(
             self, problem, state, alpha, data, self.num_steps
         )
         # w_m(alpha). All runs use the same batches, whose noise cancels in differences.

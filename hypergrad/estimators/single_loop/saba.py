@@ -16,7 +16,7 @@ from .variance_reduction import (
     inner_parts,
     outer_value_and_parts,
     saga_estimate,
-    shapes_of_parts,
+    zero_parts,
 )
 
 
@@ -52,7 +52,6 @@ class SABA(SingleLoop):
       argmin.
 
     Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
       ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
         change.
 
@@ -99,7 +98,7 @@ class SABA(SingleLoop):
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
     ) -> tuple[SagaTable, SagaTable]:
         """Returns an empty table for each loss."""
-        inner, outer = shapes_of_parts(problem, state, alpha)
+        inner, outer = zero_parts(state.w, alpha)
         inner_table = empty_table(inner, problem.inner_data)
         return inner_table, empty_table(outer, problem.outer_data)
 

@@ -9,13 +9,9 @@ from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
-from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .variance_reduction import (
-    InnerParts,
-    OuterParts,
-    Point,
-    minibatch_value_and_parts,
-)
+from ...runtime.all_cores import on_all_cores
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
+from .variance_reduction import InnerParts, OuterParts, Point, value_and_parts
 
 
 class SOBA(SingleLoop):
@@ -52,10 +48,6 @@ class SOBA(SingleLoop):
     Memory: two vectors like ``w`` and the states of the optimizers.
     Bias: the lag of ``w`` and ``v`` behind ``alpha``, which vanishes as the run
       converges. Target: argmin.
-
-    Raises:
-      TypeError: `hypergrad.hypergradient` refuses the method, because a single step
-        from a start says nothing; use `minimize`.
 
     Source: Dagréou, Ablin, Vaiter & Moreau 2022 (arXiv 2201.13409), Algorithm 1.
 
@@ -98,8 +90,9 @@ class SOBA(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes one step on a batch of each loss."""
-        point = Point(state.w, state.v, alpha)
-        value, (inner, outer) = minibatch_value_and_parts(problem, point, data)
+        batches = sample_batches(data)
+        point = on_all_cores(Point(state.w, state.v, alpha), batches)
+        value, (inner, outer) = value_and_parts(problem, point, batches)
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {"num_hvps": inner_fraction, "num_outer_grads": outer_fraction}
         return soba_step(self, state, value, inner, outer, counts)

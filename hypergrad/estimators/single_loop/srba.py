@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from ...batches import full_batch
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
+from ...runtime.all_cores import on_all_cores
 from ...validation import check_positive_int
-from .base import SingleLoop, SingleLoopState, Step, batch_fractions
+from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 from .soba import soba_step
-from .variance_reduction import Point, SpiderState, shapes_of_parts, spider_estimate
+from .variance_reduction import Parts, Point, value_and_parts, zero_parts
 
 
 class SRBA(SingleLoop):
@@ -35,7 +37,6 @@ class SRBA(SingleLoop):
       estimate also carries the error of the previous one. Target: argmin.
 
     Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
       ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
         change.
 
@@ -83,11 +84,12 @@ class SRBA(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> SpiderState:
-        """Returns zeros, which the first step replaces by a pass over all data."""
-        shapes = shapes_of_parts(problem, state, alpha)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return SpiderState(zeros, Point(state.w, state.v, alpha), jnp.asarray(0))
+    ) -> tuple[Parts, Point]:
+        """Returns zeros, which the first step replaces by a pass over all data.
+
+        They stand for the previous estimate, and the point for where it was made.
+        """
+        return zero_parts(state.w, alpha), Point(state.w, state.v, alpha)
 
     def step(
         self,
@@ -96,15 +98,30 @@ class SRBA(SingleLoop):
         alpha: PyTree,
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
-        """Makes a step of SOBA along recursive estimates."""
+        """Makes a step of SOBA along recursive estimates (SPIDER)."""
+        previous, previous_point = state.memory
         point = Point(state.w, state.v, alpha)
-        value, (inner, outer), memory, is_full_pass = spider_estimate(
-            problem, point, state.memory, data, self.period
-        )
+
+        def full_pass():
+            batch = full_batch(data.inner_data, data.inner_key)
+            return value_and_parts(problem, point, (batch, data.outer_batch()))
+
+        def recursion():
+            batches = sample_batches(data)
+            # Not in the rare full pass: its size says nothing of a usual step.
+            points = on_all_cores((point, previous_point), batches)
+            evaluate = lambda p: value_and_parts(problem, p, batches)
+            (value, new), (_, old) = map(evaluate, points)
+            # d_t = d_{t-1} + D(t) - D(t-1)
+            return value, jax.tree.map(lambda d, x, y: d + x - y, previous, new, old)
+
+        is_full_pass = state.num_steps % self.period == 0
+        value, parts = jax.lax.cond(is_full_pass, full_pass, recursion)
+        inner, outer = parts
         inner_fraction, outer_fraction = batch_fractions(data)
         # A recursive estimate evaluates two points.
         counts = {
             "num_hvps": jnp.where(is_full_pass, 1.0, 2 * inner_fraction),
             "num_outer_grads": jnp.where(is_full_pass, 1.0, 2 * outer_fraction),
         }
-        return soba_step(self, state, value, inner, outer, counts, memory)
+        return soba_step(self, state, value, inner, outer, counts, (parts, point))

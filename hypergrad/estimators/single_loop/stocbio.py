@@ -9,7 +9,7 @@ from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import StochasticNeumann, alpha_direction, run_inner_steps
+from .inner_loops import StochasticNeumann, alpha_direction, run_w_steps
 
 
 class StocBiO(SingleLoop):
@@ -35,9 +35,6 @@ class StocBiO(SingleLoop):
     Bias: the distance to the argmin that m steps leave, and the part
       ``(1 - step_size lambda)^K`` of the adjoint along each eigenvector of ``H``.
       Target: argmin.
-
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
 
     Source: Ji, Yang & Liang 2021 (arXiv 2010.07962).
 
@@ -115,7 +112,7 @@ def stocbio_step(
       problem, state, alpha, data: As in `SingleLoop.step`.
     """
     # w <- w - rho dL/dw, num_steps times
-    state, inner_grad = run_inner_steps(method, problem, state, alpha, data, num_steps)
+    state, inner_grad = run_w_steps(method, problem, state, alpha, data, num_steps)
     w = state.w
     cross_key, series_key = jax.random.split(data.inner_key)
     outer_batch = sample_in_pass(data.outer_data, data.outer_key)

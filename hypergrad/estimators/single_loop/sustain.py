@@ -1,24 +1,11 @@
 """SUSTAIN, double momentum with a series of random length (Khanduri et al. 2021)."""
 
-from collections.abc import Callable
-
-import equinox as eqx
-from jaxtyping import Array, PyTree
-
 from ...method_summary import MethodSummary
-from ...problem import Bilevel, EstimateData
-from ...validation import (
-    below_one,
-    check_positive_int,
-    or_schedule,
-    positive,
-)
-from .base import SingleLoop, SingleLoopState, Step
 from .inner_loops import StochasticNeumann
-from .storm import StormState, init_storm, storm_step
+from .mrbo import MRBO
 
 
-class SUSTAIN(SingleLoop):
+class SUSTAIN(MRBO):
     """Makes the steps of `MRBO` with a Neumann series of random length.
 
     The series is ``v = K step_size prod_{i <= p} (I - step_size H_i) b`` with ``p``
@@ -40,9 +27,6 @@ class SUSTAIN(SingleLoop):
       of the adjoint along each eigenvector of ``H``. The random length adds noise.
       Target: argmin.
 
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
-
     Source: Khanduri et al. 2021 (arXiv 2102.07367).
 
     >>> import jax.numpy as jnp, optax, hypergrad as hg
@@ -55,12 +39,6 @@ class SUSTAIN(SingleLoop):
     >>> abs(float(trace.alpha) - 1) < 0.05
     True
     """
-
-    num_terms: int = eqx.field(static=True)
-    step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
-    momentum: Array | float | Callable = eqx.field(
-        default=0.9, kw_only=True, converter=or_schedule(below_one("momentum"))
-    )
 
     citations = ("khanduri2021", "cutkosky2019")
     summary = (
@@ -77,24 +55,11 @@ class SUSTAIN(SingleLoop):
         ),
     )
 
-    def __check_init__(self):
-        check_positive_int("num_terms", self.num_terms)
+    @property
+    def series(self) -> StochasticNeumann:
+        """The series of random length that approximates the adjoint."""
+        return StochasticNeumann(self.step_size, self.num_terms, has_random_length=True)
 
-    def init_memory(
-        self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> StormState:
-        """Returns the state of STORM."""
-        return init_storm(state.w, alpha)
-
-    def step(
-        self,
-        problem: Bilevel,
-        state: SingleLoopState,
-        alpha: PyTree,
-        data: EstimateData,
-    ) -> tuple[Step, SingleLoopState]:
-        """Makes a step of STORM with a series of random length."""
-        series = StochasticNeumann(
-            self.step_size, self.num_terms, has_random_length=True
-        )
-        return storm_step(self, self.momentum, series, problem, state, alpha, data)
+    def error_bound(self, eig_min: float, eig_max: float) -> float:
+        """Returns NaN, because ``q^K`` bounds the error of the mean alone."""
+        return float("nan")

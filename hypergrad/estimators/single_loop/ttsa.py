@@ -34,9 +34,6 @@ class TTSA(SingleLoop):
       of the adjoint along each eigenvector of ``H``. The random length adds noise.
       Target: argmin.
 
-    Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
-
     Source: Hong, Wai, Wang & Yang 2023 (arXiv 2007.05170), with the series of
     Ghadimi & Wang 2018.
 

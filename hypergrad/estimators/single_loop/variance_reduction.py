@@ -1,7 +1,7 @@
 """Estimates of the derivatives of both losses: on mini-batches, or with less variance.
 
-`minibatch_value_and_parts` uses only the batches of a step. `saga_estimate`,
-`spider_estimate` and `storm_estimate` combine them with derivatives of earlier steps.
+`value_and_parts` uses only the batches of a step. `saga_estimate` and `storm_estimate`
+combine them with derivatives of earlier steps.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,10 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ...batches import Batches, Data, at_draw, full_batch, is_sampled
-from ...problem import Bilevel, EstimateData
+from ...problem import Bilevel
 from ...products import Loss, hvp_and_cross_vjp
-from ...runtime.all_cores import on_all_cores
 from ...trees import add_scale, cast_like, widen
-from .base import SingleLoopState, sample_batches, value_at_step
+from .base import value_at_step
 
 
 class Point(eqx.Module):
@@ -76,14 +75,6 @@ def outer_value_and_parts(
     return value, OuterParts(*grads)
 
 
-def minibatch_value_and_parts(
-    problem: Bilevel, point: Point, data: EstimateData
-) -> tuple[Array, Parts]:
-    """Returns the outer value and the derivatives of both losses on mini-batches."""
-    batches = sample_batches(data)
-    return value_and_parts(problem, on_all_cores(point, batches), batches)
-
-
 def value_and_parts(
     problem: Bilevel, point: Point, batches: tuple[PyTree, PyTree]
 ) -> tuple[Array, Parts]:
@@ -94,12 +85,9 @@ def value_and_parts(
     return value, (inner, outer)
 
 
-def shapes_of_parts(problem: Bilevel, state: SingleLoopState, alpha: PyTree) -> Parts:
-    """Returns the derivatives of both losses as shapes and dtypes, without a value."""
-    point = Point(state.w, state.v, alpha)
-    sample = lambda key: EstimateData.sample(problem, key)
-    parts = lambda key: minibatch_value_and_parts(problem, point, sample(key))[1]
-    return jax.eval_shape(parts, jax.random.key(0))
+def zero_parts(w: PyTree, alpha: PyTree) -> Parts:
+    """Returns zeros in place of the derivatives, each of which is like its variable."""
+    return optax.tree.zeros_like((InnerParts(w, w, alpha), OuterParts(w, alpha)))
 
 
 # SAGA (Defazio, Bach & Lacoste-Julien 2014), for either loss.
@@ -147,7 +135,7 @@ def empty_table(parts: PyTree, data: Data) -> SagaTable:
     """Returns a table of zeros, which needs no pass over the data.
 
     Args:
-      parts: Shapes and dtypes of the derivatives of one example.
+      parts: Arrays like the derivatives of one example.
       data: Data of the loss. Data that is used whole counts as one example.
     """
     zero_rows = lambda *leading: jax.tree.map(
@@ -237,63 +225,6 @@ def _saga_estimate_of_block(
         lambda m, c: m + c.astype(m.dtype) / data.num_blocks, table.mean, change
     )
     return value, estimate, SagaTable(rows, mean, number, new_row)
-
-
-# SPIDER (Fang et al. 2018), which restarts SARAH (Nguyen et al. 2017).
-
-
-class SpiderState(eqx.Module):
-    """The previous estimate, for SPIDER.
-
-    Attributes:
-      parts: The estimate.
-      point: Where it was made.
-      num_steps: Number of steps made.
-    """
-
-    parts: Parts
-    point: Point
-    num_steps: Int[Array, ""]
-
-
-def spider_estimate(
-    problem: Bilevel,
-    point: Point,
-    memory: SpiderState,
-    data: EstimateData,
-    period: int,
-) -> tuple[Array, Parts, SpiderState, Array]:
-    """Returns ``p_t = p_{t-1} + p(point_t) - p(point_{t-1})``, or ``p`` on all data.
-
-    Both ``p`` of the difference are evaluated on the same batches.
-
-    Args:
-      problem: The bilevel problem.
-      point: Point of evaluation.
-      memory: The previous estimate.
-      data: Data of the step.
-      period: Number of steps from one evaluation on all data to the next.
-
-    Returns:
-      The outer value on the same data, the estimate, the next memory, and whether all
-      data was used.
-    """
-
-    def full_pass():
-        batch = full_batch(data.inner_data, data.inner_key)
-        return value_and_parts(problem, point, (batch, data.outer_batch()))
-
-    def recursion():
-        batches = sample_batches(data)
-        # Not in the rare full pass: its size says nothing of a usual step.
-        points = on_all_cores((point, memory.point), batches)
-        (value, new), (_, old) = (value_and_parts(problem, p, batches) for p in points)
-        # p_t = p_{t-1} + p(point_t) - p(point_{t-1})
-        return value, jax.tree.map(lambda p, x, y: p + x - y, memory.parts, new, old)
-
-    is_full_pass = memory.num_steps % period == 0
-    value, parts = jax.lax.cond(is_full_pass, full_pass, recursion)
-    return value, parts, SpiderState(parts, point, memory.num_steps + 1), is_full_pass
 
 
 # STORM (Cutkosky & Orabona 2019).

@@ -13,8 +13,7 @@ from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
-from .inner_loops import StochasticNeumann
-from .storm import StormState, evaluate_batch, init_storm
+from .inner_loops import StochasticNeumann, evaluate_directions
 from .variance_reduction import storm_estimate
 
 
@@ -56,7 +55,6 @@ class VRBO(SingleLoop):
       of the adjoint along each eigenvector of ``H``. Target: argmin.
 
     Raises:
-      TypeError: `hypergradient` raises it, because one step is not an estimate.
       ValueError: The problem has keyed batches or a ``data_fn``, so that its examples
         change.
 
@@ -113,9 +111,14 @@ class VRBO(SingleLoop):
 
     def init_memory(
         self, problem: Bilevel, state: SingleLoopState, alpha: PyTree
-    ) -> StormState:
-        """Returns zero directions, which the first step replaces."""
-        return init_storm(state.w, alpha)
+    ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree]]:
+        """Returns zero directions, which the first step replaces, and their point.
+
+        They stand for the last estimates of both directions and for the ``(w, alpha)``
+        at which they were made.
+        """
+        point = state.w, alpha
+        return optax.tree.zeros_like(point), point
 
     def step(
         self,
@@ -125,9 +128,8 @@ class VRBO(SingleLoop):
         data: EstimateData,
     ) -> tuple[Step, SingleLoopState]:
         """Makes the inner steps, and every ``period`` steps a pass over all data."""
-        num_outer_steps = state.memory.num_steps
-        has_alpha_moved = num_outer_steps > 0
-        is_full_pass = num_outer_steps % self.period == 0
+        has_alpha_moved = state.num_steps > 0
+        is_full_pass = state.num_steps % self.period == 0
         skip = lambda state, value: (state, value)
         inner_steps = lambda state, _: self._run_recursion(problem, state, alpha, data)
         full_pass = lambda state, _: self._use_all_data(problem, state, alpha, data)
@@ -138,7 +140,7 @@ class VRBO(SingleLoop):
         state, value = jax.lax.cond(has_alpha_moved, inner_steps, skip, state, value)
         state, value = jax.lax.cond(is_full_pass, full_pass, skip, state, value)
 
-        w_direction, direction = state.memory.directions
+        (w_direction, direction), _ = state.memory
         inner_fraction, outer_fraction = batch_fractions(data)
         # Each inner step evaluates the directions at two points.
         num_evaluations = jnp.where(has_alpha_moved, 2.0 * self.num_steps, 0.0)
@@ -158,8 +160,7 @@ class VRBO(SingleLoop):
             counts,
             num_inner_steps=num_inner_steps,
         )
-        memory = replace(state.memory, num_steps=num_outer_steps + 1)
-        return step, replace(state, memory=memory)
+        return step, state
 
     def _run_recursion(
         self,
@@ -184,17 +185,15 @@ class VRBO(SingleLoop):
                 inner_key=inner_key,
                 outer_key=outer_key,
             )
-            memory, point = state.memory, (state.w, alpha)
+            (previous, previous_point), point = state.memory, (state.w, alpha)
             # d <- d + D(w, alpha) - D(previous point), on the same batches
-            points = point, memory.point
-            new, old = evaluate_batch(problem, self.series, points, batch_data)
-            directions = storm_estimate(
-                new.directions, old.directions, memory.directions, 1.0
+            (value, _), (new, old), _ = evaluate_directions(
+                problem, self.series, (point, previous_point), batch_data
             )
-            memory = StormState(directions, point, memory.num_steps)
+            directions = storm_estimate(new, old, previous, 1.0)
             # w <- w - rho d
-            state = replace(self.move_w(state, directions[0]), memory=memory)
-            return state, new.value
+            state = self.move_w(state, directions[0])
+            return replace(state, memory=(directions, point)), value
 
         keys = jax.random.split(data.solver_key, self.num_steps)
         indices = jnp.arange(self.num_steps)
@@ -215,6 +214,7 @@ class VRBO(SingleLoop):
             outer_data=without_sampling(data.outer_data),
         )
         point = state.w, alpha
-        (new,) = evaluate_batch(problem, self.series, (point,), all_data)
-        memory = StormState(new.directions, point, state.memory.num_steps)
-        return replace(state, memory=memory), new.value
+        (value,), (directions,), _ = evaluate_directions(
+            problem, self.series, (point,), all_data
+        )
+        return replace(state, memory=(directions, point)), value

@@ -14,7 +14,7 @@ from ...trees import all_finite, cast_like, without_derivative
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
-from .shared import KEEPS_W_IN_A_SET, explain_dtype_errors
+from .shared import explain_dtype_errors
 
 ACCEPTED = (
     "GradientDescent",
@@ -25,47 +25,6 @@ ACCEPTED = (
     "PolyakSGD",
     "ArmijoSGD",
 )
-_ADDS_A_TERM = (
-    "minimizes the inner loss plus a term that the loss does not contain, so that "
-    "dL/dw is not 0 at its solution. Add a smooth term to the inner loss instead"
-)
-_FINDS_A_ROOT = (
-    "finds a root of an equation, which need not be a minimum of the inner loss. Use "
-    "jaxopt.LBFGS or jaxopt.BFGS"
-)
-_NEEDS_RESIDUALS = (
-    "needs the vector of residuals, but the inner loss is a scalar. Use jaxopt.LBFGS "
-    "or jaxopt.BFGS on the sum of squares"
-)
-_RUNS_ON_HOST = (
-    "runs on the host, outside of jit and vmap. Use jaxopt.LBFGS or jaxopt.BFGS"
-)
-#: The reason why a solver is rejected, by the name of its class, so that jaxopt need
-#: not be imported.
-REJECTED = {
-    "ProjectedGradient": KEEPS_W_IN_A_SET,
-    "MirrorDescent": KEEPS_W_IN_A_SET,
-    "LBFGSB": KEEPS_W_IN_A_SET,
-    "ScipyBoundedMinimize": KEEPS_W_IN_A_SET,
-    "BoxCDQP": KEEPS_W_IN_A_SET,
-    "BoxOSQP": KEEPS_W_IN_A_SET,
-    "OSQP": KEEPS_W_IN_A_SET,
-    "CvxpyQP": KEEPS_W_IN_A_SET,
-    "EqualityConstrainedQP": KEEPS_W_IN_A_SET,
-    "ProximalGradient": _ADDS_A_TERM,
-    "BlockCoordinateDescent": _ADDS_A_TERM,
-    "GaussNewton": _NEEDS_RESIDUALS,
-    "LevenbergMarquardt": _NEEDS_RESIDUALS,
-    "ScipyLeastSquares": _NEEDS_RESIDUALS,
-    "ScipyBoundedLeastSquares": _NEEDS_RESIDUALS,
-    "Bisection": _FINDS_A_ROOT,
-    "Broyden": _FINDS_A_ROOT,
-    "ScipyRootFinding": _FINDS_A_ROOT,
-    "FixedPointIteration": _FINDS_A_ROOT,
-    "AndersonAcceleration": _FINDS_A_ROOT,
-    "AndersonWrapper": "hides the solver whose fun is replaced. Pass that solver",
-    "ScipyMinimize": _RUNS_ON_HOST,
-}
 
 
 def from_jaxopt(solver: Any) -> "JaxoptLoop | JaxoptRun":
@@ -248,16 +207,16 @@ def _check_jaxopt(solver: Any) -> str:
     names = [
         kind.__name__
         for kind in type(solver).__mro__
-        if kind.__module__.startswith("jaxopt.")
-        and kind.__name__ in (*ACCEPTED, *REJECTED)
+        if kind.__module__.startswith("jaxopt.") and kind.__name__ in ACCEPTED
     ]
     if not names:
         raise TypeError(
             f"solver must be one of jaxopt's minimizers {', '.join(ACCEPTED)}; got "
-            f"{type(solver).__name__}."
+            f"{type(solver).__name__}. dL/dw must be 0 at its solution, so that "
+            "solvers of constraints, equations and residuals do not fit."
         )
     name = names[0]
-    if reason := REJECTED.get(name) or _reason_to_reject(solver, name):
+    if reason := _reason_to_reject(solver, name):
         raise TypeError(
             "solver must find a minimum of the inner loss, at which dL/dw = 0; got "
             f"jaxopt.{name}, which {reason}."
@@ -277,7 +236,11 @@ def _reason_to_reject(solver: Any, name: str) -> str | None:
         from jaxopt.prox import prox_none
 
         if solver.prox is not prox_none:
-            return f"has a prox and {_ADDS_A_TERM}"
+            return (
+                "has a prox and minimizes the inner loss plus a term that the loss "
+                "does not contain, so that dL/dw is not 0 at its solution. Add a "
+                "smooth term to the inner loss instead"
+            )
     if getattr(solver, "pre_update", None) is not None:
         return "has a pre_update, which may move w, such as onto a constraint"
     if name == "OptaxSolver" and not Descent(solver.opt, 1).differentiable:

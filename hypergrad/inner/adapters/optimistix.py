@@ -12,14 +12,19 @@ from jaxtyping import Array, PyTree
 
 from ...batches import Data, full_batch
 from ...products import Loss
+from ...runtime.compat import import_optional
 from ...trees import cast_like
 from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
-from .shared import KEEPS_W_IN_A_SET, explain_dtype_errors
+from .shared import explain_dtype_errors
 
 #: The reason why a minimizer is rejected, by the name of its class.
 REJECTED = {
-    "GoldenSearch": KEEPS_W_IN_A_SET,
+    "GoldenSearch": (
+        "keeps w in a set, so that dL/dw is not 0 at a solution on the boundary of the "
+        "set. Remove the constraint, or write it into the inner loss by a bijection "
+        "such as softplus"
+    ),
     "NelderMead": (
         "starts from a degenerate simplex in several variables (as of 0.1.0) and stops "
         "at points that are not minima. Use optimistix.BFGS"
@@ -156,14 +161,7 @@ class _Objective(eqx.Module):
 
 
 def _import_optimistix() -> Any:
-    try:
-        import optimistix
-    except ImportError as error:
-        raise ImportError(
-            "from_optimistix needs optimistix. Install it with: pip install "
-            "'hypergrad-jax[solvers]'."
-        ) from error
-    return optimistix
+    return import_optional("optimistix", "from_optimistix needs optimistix", "solvers")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Helpers of the adapters: dtypes, and the reasons to reject constrained solvers."""
+"""The explanation of errors of mixed dtypes, for the adapters."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,13 +6,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
-
-#: Reason to reject a solver that keeps ``w`` in a set; continues its name.
-KEEPS_W_IN_A_SET = (
-    "keeps w in a set, so that dL/dw is not 0 at a solution on the boundary of the "
-    "set. Remove the constraint, or write it into the inner loss by a bijection such "
-    "as softplus"
-)
 
 
 @contextlib.contextmanager
