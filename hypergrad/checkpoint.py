@@ -45,7 +45,7 @@ NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corr
 METADATA_HEAD = b'{\n "step"'  # the first bytes of all metadata
 # These differ whenever anything else does, and are named only if nothing else differs.
 DERIVED_NAMES = ("program", "initial state")
-NUM_DEVICES = "number of devices"  # only of runs on several
+NUM_DEVICES = "number of devices"
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def _check_same_run(
     folder: Path, metadata: dict[str, Any], current: RunFingerprint
 ) -> None:
     """Raises ValueError, naming the differences, if a folder contains another run."""
-    saved, machines = metadata["run"], metadata.get("machines", [None])
+    saved = metadata["run"]
     names = [name for name in saved | current if saved.get(name) != current.get(name)]
     # Another machine may round the initial state, which is made of w and alpha there.
-    is_rounded = any(machine != describe_machine() for machine in machines)
+    is_rounded = any(x != describe_machine() for x in metadata["machines"])
     if not names or (is_rounded and names == ["initial state"]):
         return
     names = [name for name in names if name not in DERIVED_NAMES] or names
@@ -159,8 +159,7 @@ def _check_same_run(
     names = [NUM_DEVICES] if NUM_DEVICES in names else names
 
     def describe(name: str) -> str:
-        default = "1" if name == NUM_DEVICES else "unknown"
-        old, new = saved.get(name, default), current.get(name, default)
+        old, new = saved.get(name, "unknown"), current.get(name, "unknown")
         if HASH in old + new:
             return f"{name} differs"
         return f"{name} is {printable(old)} in the folder and {new} now"
@@ -244,7 +243,9 @@ class CheckpointFolder:
         leaves, structure = jax.tree.flatten(arrays)
         # Leaves are stored by index, so that names of user keys need no escaping.
         like = jax.tree.map(np.empty_like, to_named_arrays(leaves))
-        saved = run_on_first_process(lambda: self._read(step, like), like)
+        saved = run_on_first_process(
+            lambda: read_arrays(self._arrays_path(step), like), like
+        )
         leaves = [
             _fill(leaf, saved[array_name(i)]) if leaf.size else leaf
             for i, leaf in enumerate(leaves)
@@ -287,9 +288,8 @@ class CheckpointFolder:
                     f"a checkpoint in {self.path} is corrupt ({'; '.join(errors)}); "
                     f"the run continues from the checkpoint of step {step}"
                 )
-            # Checkpoints that were written before machines were recorded name none.
             metadata = self._read_metadata(self._metadata_path(step))
-            self.machines, self.intact_steps = metadata.get("machines", [None]), [step]
+            self.machines, self.intact_steps = metadata["machines"], [step]
             warn_of_other_machines(
                 f"the checkpoints in {self.path} were made", self.machines
             )
@@ -347,9 +347,6 @@ class CheckpointFolder:
                 raise CorruptCheckpointError(
                     f"{folder.name}/{name} is not as it was written"
                 )
-
-    def _read(self, step: int, like: Arrays) -> Arrays:
-        return read_arrays(self._arrays_path(step), like)
 
     def _write(self, step: int, arrays: Arrays) -> None:
         self._remove_incomplete()

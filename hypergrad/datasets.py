@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from .runtime.compat import import_optional
+
 Arrays = dict[str, np.ndarray]
 VARIABLE = "HYPERGRAD_DATA_DIR"  # names the folder of the files
 
@@ -100,14 +102,8 @@ def _bundled_loader(name: str, scale: float = 1.0) -> Callable[[Path | None], Ar
 
 def _import_sklearn_datasets() -> Any:
     """Returns `sklearn.datasets`, or raises ImportError with the extra that has it."""
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            "this data set is read by scikit-learn. Install it with pip install "
-            "'hypergrad-jax[tasks]'."
-        ) from error
-    return datasets
+    need = "this data set is read by scikit-learn"
+    return import_optional("sklearn.datasets", need, "tasks")
 
 
 # Read from files.
@@ -222,17 +218,9 @@ REUTERS_FEATURES = 8315
 
 
 def _load_reuters(data_dir: Path | None) -> Arrays:
-    train, test = (
-        _parse_svmlight(bz2.decompress(content), REUTERS_FEATURES)
-        for content in _read_files("reuters", data_dir, REUTERS, REUTERS_SOURCE)
-    )
-    starts = np.concatenate([train["starts"], train["starts"][-1] + test["starts"][1:]])
-    data = {
-        name: np.concatenate([train[name], test[name]])
-        for name in ("values", "columns", "y")
-    }
-    is_test = np.arange(len(data["y"])) >= len(train["y"])
-    return data | {"starts": starts, "test": is_test}
+    contents = _read_files("reuters", data_dir, REUTERS, REUTERS_SOURCE)
+    x, labels = _parse_svmlight(contents, REUTERS_FEATURES)
+    return _sparse_arrays(x) | labels
 
 
 NEWSGROUPS = {
@@ -260,14 +248,8 @@ def _load_newsgroups(data_dir: Path | None) -> Arrays:
     texts = [post["text"] for post in posts]
     _, y = np.unique([post["label"] for post in posts], return_inverse=True)
     vectorizer = CountVectorizer().fit(texts[: np.sum(~is_test)])
-    counts = vectorizer.transform(texts)
-    return {
-        "values": counts.data.astype(np.int32),
-        "columns": counts.indices.astype(np.int32),
-        "starts": counts.indptr.astype(np.int64),
-        "y": y.astype(np.int32),
-        "test": is_test,
-    }
+    counts = vectorizer.transform(texts).astype(np.int32)
+    return _sparse_arrays(counts) | {"y": y.astype(np.int32), "test": is_test}
 
 
 IJCNN1 = {
@@ -286,33 +268,37 @@ IJCNN1_FEATURES = 22
 
 
 def _load_ijcnn1(data_dir: Path | None) -> Arrays:
-    splits = [
-        _parse_svmlight(bz2.decompress(content), IJCNN1_FEATURES)
-        for content in _read_files("ijcnn1", data_dir, IJCNN1, IJCNN1_SOURCE)
-    ]
-    y = np.concatenate([split["y"] for split in splits])
-    x = np.concatenate([_to_dense(split, IJCNN1_FEATURES) for split in splits])
-    return {"x": x, "y": y, "test": np.arange(len(y)) >= len(splits[0]["y"])}
+    contents = _read_files("ijcnn1", data_dir, IJCNN1, IJCNN1_SOURCE)
+    x, labels = _parse_svmlight(contents, IJCNN1_FEATURES)
+    return {"x": x.toarray()} | labels
 
 
-def _parse_svmlight(content: bytes, num_features: int) -> Arrays:
-    """Parses lines ``label index:value ...`` into compressed sparse rows."""
-    load_svmlight_file = _import_sklearn_datasets().load_svmlight_file
-    x, y = load_svmlight_file(io.BytesIO(content), n_features=num_features)
+def _parse_svmlight(contents: list[bytes], num_features: int) -> tuple[Any, Arrays]:
+    """Returns features and labels of training and test lines ``label index:value ...``.
+
+    Returns:
+      The features, a sparse matrix of float32, and ``{"y": [n], "test": [n]}``.
+    """
+    load_svmlight_files = _import_sklearn_datasets().load_svmlight_files
+    from scipy import sparse
+
+    files = [io.BytesIO(bz2.decompress(content)) for content in contents]
+    train_x, train_y, test_x, test_y = load_svmlight_files(
+        files, n_features=num_features
+    )
+    y = np.concatenate([train_y, test_y])
+    is_test = np.arange(len(y)) >= len(train_y)
+    x = sparse.vstack([train_x, test_x]).astype(np.float32)
+    return x, {"y": (y > 0).astype(np.int32), "test": is_test}
+
+
+def _sparse_arrays(x: Any) -> Arrays:
+    """Returns the arrays of a sparse matrix in compressed rows."""
     return {
-        "values": x.data.astype(np.float32),
+        "values": x.data,
         "columns": x.indices.astype(np.int32),
         "starts": x.indptr.astype(np.int64),
-        "y": (y > 0).astype(np.int32),
     }
-
-
-def _to_dense(rows: Arrays, num_features: int) -> Float[np.ndarray, "n num_features"]:
-    """Returns compressed sparse rows as a matrix."""
-    x = np.zeros((len(rows["y"]), num_features), np.float32)
-    row_of_value = np.repeat(np.arange(len(x)), np.diff(rows["starts"]))
-    x[row_of_value, rows["columns"]] = rows["values"]
-    return x
 
 
 BURGERS = {

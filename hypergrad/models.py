@@ -6,6 +6,7 @@ renamed when it is complete and on disk; it is never changed and never removed.
 """
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -237,7 +238,7 @@ def load(
     leaves = [
         _restore(arrays[array_name(i)], leaf) for i, leaf in enumerate(record["leaves"])
     ]
-    return jax.tree.unflatten(_structure(record, like, len(leaves)), leaves)
+    return jax.tree.unflatten(_structure(record, like), leaves)
 
 
 def get(reference: str, *, folder: str | os.PathLike = FOLDER) -> Model:
@@ -338,28 +339,18 @@ def _can_be_stored(leaf: Any) -> bool:
     return eqx.is_array_like(leaf)
 
 
-def _structure(record: dict, like: PyTree, num_leaves: int) -> Any:
+def _structure(record: dict, like: PyTree) -> Any:
     if like is not None:
-        structure = jax.tree.structure(like)
-        if structure.num_leaves != num_leaves:
-            raise ValueError(
-                f"like must have {num_leaves} leaves, as the saved (w, alpha); got "
-                f"{structure.num_leaves}."
-            )
-        shapes = [_stored_shape(leaf) for leaf in jax.tree.leaves(like)]
-        saved_shapes = [leaf["shape"] for leaf in record["leaves"]]
-        if shapes != saved_shapes:
-            raise ValueError(
-                f"like must have leaves of the saved shapes {saved_shapes}; got "
-                f"{shapes}."
-            )
-        for path, leaf in zip(_leaf_paths(like), record["leaves"], strict=True):
-            if path != leaf.get("path", path):  # which older records lack
+        shapes = map(_stored_shape, jax.tree.leaves(like))
+        current = zip(_leaf_paths(like), shapes, strict=True)
+        saved = [(leaf["path"], leaf["shape"]) for leaf in record["leaves"]]
+        for actual, expected in itertools.zip_longest(current, saved):
+            if actual != expected:
                 raise ValueError(
-                    "like must have the names of the saved (w, alpha); got a leaf "
-                    f"{path} in place of {leaf['path']}."
+                    "like must have the names and shapes of the saved (w, alpha); got "
+                    f"the leaf {actual} in place of {expected}."
                 )
-        return structure
+        return jax.tree.structure(like)
     if record["structure"] is None:
         raise ValueError(
             "like must be given, because (w, alpha) contains other containers than "

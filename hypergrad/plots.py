@@ -3,7 +3,7 @@
 Each function returns a matplotlib figure, which a notebook shows and
 ``figure.savefig("run.png")`` writes. Nothing is shown or saved by itself, and pyplot is
 not used. Matplotlib is imported when a figure is drawn; the extra ``display`` installs
-it. Colours can be told apart with any colour vision (Okabe and Ito).
+it. Colors can be told apart with any color vision (Okabe and Ito).
 """
 
 import itertools
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .display.tables import to_wide
+from .display.tables import to_printable_array
 from .display.trace import count_rows_made
+from .runtime.compat import import_optional
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,9 @@ def plot_trace(trace: "Trace") -> "Figure":
         cost = np.asarray(trace.cost)[:num_rows]
         label = "cost (gradient-equivalents)"
         panels.append(lambda axes: _plot_values(axes, trace, cost, label))
-    errors = to_wide(trace.stats.get("error_estimate", np.nan * steps))[:num_rows]
+    errors = to_printable_array(trace.stats.get("error_estimate", np.nan * steps))[
+        :num_rows
+    ]
     if np.any(errors > 0):
         panels.append(lambda axes: _plot_errors(axes, trace, steps, errors))
     if trace.metrics:
@@ -110,7 +113,7 @@ def plot_front(
     >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
     dominated; not dominated
     """
-    values = to_wide(values)
+    values = to_printable_array(values)
     if values.ndim != 2 or values.shape[1] != 2:
         raise ValueError(f"values must have shape [P, 2]; got {values.shape}.")
     values = values[np.isfinite(values).all(axis=1)]
@@ -132,15 +135,12 @@ def _is_not_dominated(values: np.ndarray) -> np.ndarray:
     """Returns for each of the points whether none is as low in both and lower in one.
 
     Args:
-      values: ``[P, 2]``, sorted by the first loss, and by the second where it is equal.
+      values: ``[P, 2]``, finite.
     """
-    lowest = np.minimum.accumulate(np.append(np.inf, values[:, 1]))[:-1]
-    is_equal = np.zeros(len(values), bool)
-    is_equal[1:] = np.all(values[1:] == values[:-1], axis=1)
-    is_lower = values[:, 1] < lowest
-    # An equal point follows those of which it is a copy.
-    first_copy = np.maximum.accumulate(np.where(is_equal, 0, np.arange(len(values))))
-    return is_lower[first_copy]
+    # Sorted by the first loss, and by the second where it is equal.
+    points, index = np.unique(values, axis=0, return_inverse=True)
+    lowest = np.minimum.accumulate(np.append(np.inf, points[:, 1]))[:-1]
+    return (points[:, 1] < lowest)[index.reshape(-1)]
 
 
 def plot_reliability(
@@ -170,7 +170,7 @@ def plot_reliability(
     >>> print(*(line.get_label() for line in figure.axes[0].lines), sep="; ")
     equal; trusted; not trusted
     """
-    x, y = to_wide(errors), to_wide(error_estimates)
+    x, y = to_printable_array(errors), to_printable_array(error_estimates)
     is_trusted = np.ones(x.shape, bool) if trusted is None else np.asarray(trusted)
     if x.ndim != 1 or not x.shape == y.shape == is_trusted.shape:
         raise ValueError(
@@ -235,7 +235,7 @@ def plot_hypergradient(hypergradient: PyTree) -> "Figure":
         raise ValueError("hypergradient must have at least one number; got none.")
     figure, all_axes = make_figure(len(leaves))
     for axes, (path, leaf) in zip(all_axes, leaves, strict=True):
-        array = np.atleast_1d(to_wide(leaf))
+        array = np.atleast_1d(to_printable_array(leaf))
         matrix = array.reshape(1 if array.ndim == 1 else len(array), -1)
         limit = float(np.max(np.abs(matrix), initial=0, where=np.isfinite(matrix))) or 1
         image = axes.imshow(
@@ -258,12 +258,9 @@ def make_figure(num_panels: int) -> tuple["Figure", list["Axes"]]:
     Raises:
       ImportError: Matplotlib is not installed.
     """
-    try:
-        from .display.notebook_figure import NotebookFigure
-    except ImportError as error:
-        raise ImportError(
-            "plots need matplotlib: pip install 'hypergrad-jax[display]'"
-        ) from error
+    import_optional("matplotlib", "plots need matplotlib", "display")
+    from .display.notebook_figure import NotebookFigure
+
     num_columns = min(num_panels, MAX_COLUMNS)
     num_lines = math.ceil(num_panels / num_columns)
     size = (PANEL_WIDTH * num_columns, PANEL_HEIGHT * num_lines)
@@ -278,7 +275,7 @@ def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> No
     The trials of a search are points, below which a line is the lowest so far. A star
     is the best one, which need not be the lowest of a population.
     """
-    values = to_wide(trace.value)[: len(x)]
+    values = to_printable_array(trace.value)[: len(x)]
     values = values.reshape(len(values), -1)
     is_single = values.shape[1] == 1
     for i, (column, color) in enumerate(_with_colors(values.T)):
@@ -334,7 +331,7 @@ def _mark_untrusted(
 def _plot_metrics(axes: "Axes", trace: "Trace", steps: np.ndarray) -> None:
     """Draws each metric at the steps at which it was evaluated."""
     for (name, column), color in _with_colors(trace.metrics.items()):
-        values = to_wide(column)[: len(steps)]
+        values = to_printable_array(column)[: len(steps)]
         is_evaluated = ~np.isnan(values)
         points = steps[is_evaluated], values[is_evaluated]
         axes.plot(*points, "o-", color=color, ms=3, label=name)
@@ -348,7 +345,7 @@ def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
     Few entries have a color each, and more of them the color of their leaf.
     """
     leaves = [
-        (_leaf_name(path), to_wide(leaf)[: len(steps)])
+        (_leaf_name(path), to_printable_array(leaf)[: len(steps)])
         for path, leaf in jax.tree.leaves_with_path(alphas)
         if np.size(leaf) > 0
     ]

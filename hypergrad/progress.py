@@ -94,7 +94,7 @@ def make_timer(
 
     The time before the first call, in which programs are compiled, does not count. The
     function returns None as long as it cannot estimate, or if more than a year is left,
-    as of a budget that is not meant to be reached.
+    for example for a budget that is never reached.
 
     >>> seconds = iter([100.0, 103.0])
     >>> estimate_remaining = make_timer(lambda: next(seconds))

@@ -21,8 +21,6 @@ ELEMENTWISE = {
     *("gt", "integer_pow", "is_finite", "le", "le_to", "lt", "lt_to", "max", "min"),
     *("mul", "ne", "neg", "nextafter", "one_minus_square", "pmax", "pmin", "psum"),
     *("psum_invariant", "rem", "round", "sign", "square", "sub"),
-}
-TRANSCENDENTAL = {
     *("acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e"),
     *("bessel_i1e", "cbrt", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp"),
     *("exp2", "expm1", "lgamma", "log", "log1p", "log2", "logistic", "pow", "rsqrt"),
@@ -58,12 +56,10 @@ class WhileLoop(NamedTuple):
     Attributes:
       location: File, line and function that contain the loop.
       flops: Operations of one iteration, including the test of its condition.
-      transcendentals: Number of these that are exponentials, roots and the like.
     """
 
     location: str
     flops: int
-    transcendentals: int
 
 
 class Flops(NamedTuple):
@@ -71,15 +67,12 @@ class Flops(NamedTuple):
 
     Attributes:
       fixed: Operations that are made a known number of times.
-      transcendentals: Number of these that are exponentials, roots and the like, each
-        of them one operation.
       loops: Loops of unknown length, in program order. A loop inside another has its
         own entry and is not part of the entry of the other.
       unknown: Sorted names of the floating-point primitives that cannot be counted.
     """
 
     fixed: int
-    transcendentals: int
     loops: tuple[WhileLoop, ...]
     unknown: tuple[str, ...]
 
@@ -100,7 +93,7 @@ class Flops(NamedTuple):
         return self.fixed + sum(loop.flops * n for loop, n in pairs)
 
 
-NO_FLOPS = Flops(fixed=0, transcendentals=0, loops=(), unknown=())
+NO_FLOPS = Flops(fixed=0, loops=(), unknown=())
 
 
 def flops(function: Callable, *args: Any) -> Flops:
@@ -148,7 +141,6 @@ def _add(a: Flops, b: Flops) -> Flops:
     """Returns the operations of both; equal loops share an entry for all iterations."""
     return Flops(
         a.fixed + b.fixed,
-        a.transcendentals + b.transcendentals,
         tuple(dict.fromkeys(a.loops + b.loops)),
         tuple(sorted({*a.unknown, *b.unknown})),
     )
@@ -156,7 +148,7 @@ def _add(a: Flops, b: Flops) -> Flops:
 
 def _repeat(n: int, a: Flops) -> Flops:
     """Returns ``n`` times the fixed operations; loops count their own iterations."""
-    return a._replace(fixed=n * a.fixed, transcendentals=n * a.transcendentals)
+    return a._replace(fixed=n * a.fixed)
 
 
 def _count_equation(equation: Any) -> Flops:
@@ -176,11 +168,7 @@ def _count_equation(equation: Any) -> Flops:
             device = _repeat(num_devices, count_jaxpr_flops(params["jaxpr"]))
             # An iteration of a loop is made by every device.
             loops = tuple(
-                loop._replace(
-                    flops=num_devices * loop.flops,
-                    transcendentals=num_devices * loop.transcendentals,
-                )
-                for loop in device.loops
+                loop._replace(flops=num_devices * loop.flops) for loop in device.loops
             )
             return device._replace(loops=loops)
         case "call_hi_primitive":  # defined by other primitives, such as frexp
@@ -195,7 +183,7 @@ def _count_while(equation: Any) -> Flops:
     test = count_jaxpr_flops(equation.params["cond_jaxpr"])
     iteration = _add(test, count_jaxpr_flops(equation.params["body_jaxpr"]))
     location = summarize(equation.source_info) or "inside jax"
-    loop = WhileLoop(location, iteration.fixed, iteration.transcendentals)
+    loop = WhileLoop(location, iteration.fixed)
     return test._replace(
         loops=((loop,) if loop.flops else ()) + iteration.loops,
         unknown=iteration.unknown,
@@ -239,15 +227,14 @@ def _count_primitive(equation: Any) -> Flops:
     n = None if has_dtype(jnp.complexfloating) else _num_operations(equation)
     if n is None:
         return NO_FLOPS._replace(unknown=(name,))
-    num_transcendentals = n if name in TRANSCENDENTAL else 0
-    return NO_FLOPS._replace(fixed=n, transcendentals=num_transcendentals)
+    return NO_FLOPS._replace(fixed=n)
 
 
 def _num_operations(equation: Any) -> int | None:
     """Returns the operations of a primitive on real numbers; None if unknown."""
     name, params = equation.primitive.name, equation.params
     inputs, output = [v.aval for v in equation.invars], equation.outvars[0].aval
-    if name in ELEMENTWISE | TRANSCENDENTAL:
+    if name in ELEMENTWISE:
         return sum(v.aval.size for v in equation.outvars)
     if name in REDUCTIONS:
         return inputs[0].size

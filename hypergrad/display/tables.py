@@ -214,7 +214,7 @@ def describe_tree(tree: PyTree, *, with_norm: bool = False) -> str:
         num_numbers = format_count(sum(sizes), ("number", "numbers"))
         text = f"{len(leaves)} leaves, {num_numbers}"
     if with_norm and leaves and is_readable:
-        squares = [np.sum(np.abs(to_wide(leaf)) ** 2) for leaf in leaves]
+        squares = [np.sum(np.abs(to_printable_array(leaf)) ** 2) for leaf in leaves]
         text += f", norm {np.sqrt(sum(squares)):.4g}"
     return text
 
@@ -247,7 +247,7 @@ def is_readable_tree(tree: PyTree) -> bool:
 def holds_nonfinite(tree: PyTree) -> bool:
     """Returns whether a number that can be read is NaN or infinite."""
     numbers = [
-        to_wide(leaf)
+        to_printable_array(leaf)
         for leaf in jax.tree.leaves(tree)
         if is_readable(leaf)
         and jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
@@ -257,7 +257,7 @@ def holds_nonfinite(tree: PyTree) -> bool:
 
 def format_numbers(x: Any) -> str:
     """Returns a number with six digits, or a list of such numbers."""
-    numbers = np.ravel(to_wide(x)).tolist()
+    numbers = np.ravel(to_printable_array(x)).tolist()
     texts = [f"{number:.6g}" for number in numbers]
     return f"[{', '.join(texts)}]" if np.ndim(x) else texts[0]
 
@@ -267,8 +267,11 @@ def _are_scalars(tree: PyTree) -> bool:
     return is_readable_tree(leaves) and not any(map(np.ndim, leaves))
 
 
-def to_wide(x: Any) -> np.ndarray:
-    """Returns a leaf in the precision of Python, as bfloat16 has no formats."""
+def to_printable_array(x: Any) -> np.ndarray:
+    """Returns a leaf as a NumPy array.
+
+    Floats become float64, because bfloat16 cannot be formatted.
+    """
     array = np.asarray(x)
     return array if array.dtype.kind in "biuc" else array.astype(float)
 

@@ -18,7 +18,7 @@ from .tables import (
     format_numbers,
     is_readable_tree,
     reason_rows,
-    to_wide,
+    to_printable_array,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def trace_rows(trace: "Trace") -> list[Row] | None:
 def _run_rows(trace: "Trace") -> list[Row]:
     """Returns the rows of a single run."""
     num_rows = count_rows_made(trace)
-    stats = {name: to_wide(x)[:num_rows] for name, x in trace.stats.items()}
+    stats = {name: to_printable_array(x)[:num_rows] for name, x in trace.stats.items()}
     rows = [
         ("status", _describe_status(trace)),
         (f"{trace.row_kind}s", _describe_steps(trace, num_rows)),
@@ -77,7 +77,7 @@ def _batch_rows(trace: "Trace") -> list[Row]:
     reasons: collections.Counter[str] = collections.Counter()
     for run in runs:
         reasons.update({reason: len(steps) for reason, steps in run.reasons().items()})
-    stats = {name: to_wide(x) for name, x in trace.stats.items()}
+    stats = {name: to_printable_array(x) for name, x in trace.stats.items()}
     num_rows = sum(map(count_rows_made, runs))
     rows = [
         ("runs", f"{len(runs):,}; jax.tree.map(lambda x: x[0], trace) is the first"),
@@ -127,7 +127,7 @@ def _value_row(runs: list["Trace"]) -> Row:
     name = "lowest value" if is_search else "last value"
     values = []
     for run in runs:
-        column = to_wide(run.value)[: count_rows_made(run)]
+        column = to_printable_array(run.value)[: count_rows_made(run)]
         chosen = column[_are_finite(column)] if is_search else column[-1:]
         if len(chosen) and np.isfinite(chosen).all():
             values.append(chosen.min(axis=0))
@@ -164,18 +164,18 @@ def _describe_status(trace: "Trace") -> str:
 
 
 def _error_rows(trace: "Trace", stats: Mapping[str, np.ndarray]) -> list[Row]:
-    """Returns the largest estimated error, if that estimate is mostly error.
+    """Returns the largest estimated error, if it is above ``MAX_ERROR_ESTIMATE``.
 
     A single such step can spoil the moments of an optimizer for many later ones.
     """
     errors = np.asarray(stats.get("error_estimate", []), float)
-    is_wild = errors > MAX_ERROR_ESTIMATE
-    if not is_wild.any() or trace.row_kind == "trial":
+    is_large = errors > MAX_ERROR_ESTIMATE
+    if not is_large.any() or trace.row_kind == "trial":
         return []
     row = int(np.nanargmax(errors))
     text = f"largest {format_error(errors[row])} at step {trace.steps[row]}"
-    num_wild = format_count(int(is_wild.sum()), STEP_NOUNS)
-    text += f", above {MAX_ERROR_ESTIMATE:g} at {num_wild}"
+    num_large = format_count(int(is_large.sum()), STEP_NOUNS)
+    text += f", above {MAX_ERROR_ESTIMATE:g} at {num_large}"
     return [("error_estimate", text)]
 
 
@@ -208,7 +208,7 @@ def count_rows_made(trace: "Trace") -> int:
         num_steps = int(next_step) - int(trace.first_step)
         num_rows = -(-num_steps // trace.record_every)
         return min(num_rows, len(trace.value))  # a part of a trace has fewer
-    is_made = _are_finite(to_wide(trace.value))
+    is_made = _are_finite(to_printable_array(trace.value))
     if "gradient_equivalents" in trace.stats:
         is_made |= np.asarray(trace.stats["gradient_equivalents"]) > 0
     return int(np.max(np.flatnonzero(is_made), initial=-1)) + 1
@@ -227,7 +227,7 @@ def _describe_steps(trace: "Trace", num_rows: int) -> str:
 
 def _describe_values(trace: "Trace", num_rows: int) -> str:
     """Returns the first and the last finite value, and the lowest of one loss."""
-    values = to_wide(trace.value)[:num_rows]
+    values = to_printable_array(trace.value)[:num_rows]
     finite = np.flatnonzero(_are_finite(values))
     if not finite.size:
         return "none is finite"

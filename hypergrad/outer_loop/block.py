@@ -39,8 +39,8 @@ def get_block_size(loop: "OuterLoop", state: OuterState) -> int:
 class PackedRecord(eqx.Module):
     """A `StepRecord`, or rows of them, with few arrays.
 
-    A compiled program writes each array of a record by a kernel of its own. There are
-    some twenty statistics and flags, and two arrays of single numbers here.
+    A compiled program writes each array of a record by a kernel of its own. Here about
+    twenty statistics and flags become one array for each dtype.
 
     Attributes:
       numbers: The leaves without an axis, stacked along a last axis for each dtype.

@@ -36,16 +36,10 @@ def check_state_fits(state: Any, w: PyTree, alpha: PyTree) -> None:
             f"{type(state).__name__}."
         )
     w, alpha = as_input_arrays(w, alpha)
-    describe = lambda tree: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
+    source = "the run that state continues"
+    check_same_structure("w", w, state.w, source, "have")
     # best_alpha is used because alpha itself is stored in unconstrained coordinates.
-    for name, tree, like in (("w", w, state.w), ("alpha", alpha, state.best_alpha)):
-        tree, like = describe(tree), describe(like)
-        has_same_structure = jax.tree.structure(tree) == jax.tree.structure(like)
-        if not has_same_structure or jax.tree.leaves(tree) != jax.tree.leaves(like):
-            raise ValueError(
-                f"{name} must have the structure, shapes and dtypes of the run that "
-                f"state continues, {like}; got {tree}."
-            )
+    check_same_structure("alpha", alpha, state.best_alpha, source, "have")
 
 
 def check_aggregator(aggregator: Any, problem: Bilevel) -> None:
@@ -121,7 +115,7 @@ def check_one_sample(
     if certify_every is not None and problem.is_sampled and is_average:
         raise ValueError(
             "certify_every must be None for an average over samples of the data, as a "
-            "certificate uses only one. Use certify=True of the averaged estimator."
+            "certificate uses only one. Use certify=True of the averaged Implicit."
         )
 
 

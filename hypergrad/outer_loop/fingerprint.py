@@ -49,8 +49,6 @@ def run_fingerprint(
         get_block_size(loop, state),
         record_every,
     )
-    # Folders of problems without data_fn keep the fingerprint that they had before.
-    data_fn = {} if problem.data_fn is None else {"data_fn": digest(problem.data_fn)}
     settings = ("eval_every", "certify_every", "on_untrusted", "record_alphas")
     trees = ("estimator", "aggregator", "space", "project", "outer_data_fn", "metrics")
     return (
@@ -63,21 +61,20 @@ def run_fingerprint(
             "key": digest(state.key),
             "inner_data": digest(problem.inner_data),
             "outer_data": digest(problem.outer_data),
+            "data_fn": digest(problem.data_fn),
             "inner_loss": digest_code(problem.inner_loss, w, alpha, inner_batch),
             "outer_loss": digest_code(outer_value, w, alpha, outer_batch),
             "optimizer": digest_code(update, state.u, state.optimizer_state, state.u),
             "program": digest_program(program),
             "initial state": digest(state),
+            NUM_DEVICES: str(_number_of_devices(loop, state)),
         }
-        | data_fn
-        | _number_of_devices(loop, state)
         | runtime_environment()
     )
 
 
-def _number_of_devices(loop: "OuterLoop", state: OuterState) -> RunFingerprint:
-    """Returns the number of devices of a run on several, or else nothing."""
+def _number_of_devices(loop: "OuterLoop", state: OuterState) -> int:
+    """Returns the number of devices on which a run computes."""
     leaves = jax.tree.leaves((loop, state))
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
-    number = max((len(x.sharding.device_set) for x in arrays), default=1)
-    return {} if number == 1 else {NUM_DEVICES: str(number)}
+    return max((len(x.sharding.device_set) for x in arrays), default=1)

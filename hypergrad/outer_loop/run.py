@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 NUM_REPORTS = 20  # calls of `progress` per run
 MAX_BLANK_BYTES = 2**30  # of the rows of steps that a failed run does not make
-MIN_SAVE_SECONDS = 5  # below which nobody minds frequent checkpoints
+MIN_SAVE_SECONDS = 5  # seconds of saving below which no warning is issued
 
 
 def run_steps(
@@ -127,17 +127,17 @@ def _run_without_host(
     num_rows = num_steps // record_every
     block_size = num_rows if is_inside_jit else get_block_size(loop, state)
     first_step, stop = state.step, state.step + num_steps
-    account, blocks = Budget.create(budget), []
+    budget_so_far, blocks = Budget.create(budget), []
     for num_started in range(0, num_rows, block_size):
         size = min(block_size, num_rows - num_started)
-        state, account, rows, num_rows_made = run_block(
-            loop, state, account, _to_array(size), stop, block_size, record_every
+        state, budget_so_far, rows, num_rows_made = run_block(
+            loop, state, budget_so_far, _to_array(size), stop, block_size, record_every
         )
-        if budget is None or is_traced(account):
+        if budget is None or is_traced(budget_so_far):
             blocks.append((rows, size))
             continue
         blocks.append((rows, int(num_rows_made)))
-        if account.is_spent or state.status > 0:
+        if budget_so_far.is_spent or state.status > 0:
             break
     rows = _concatenate([(rows.unpack(), size) for rows, size in blocks])
     return _make_trace(loop, state, rows, first_step, state.status, record_every)
@@ -209,7 +209,8 @@ class _HostRun:
         if self.num_steps < self.num_steps_made:
             self._refuse("num_steps", f"at least {self.num_steps_made}", folder)
         # A smaller budget may have ended the run before its last row. For the budget of
-        # the saved run the account on the device has decided, which rounds differently.
+        # the saved run the sum on the device has decided, and it is rounded
+        # differently.
         limit, total_cost = float(self.budget.limit), math.fsum(costs[:-1].tolist())
         if limit < float(budget.limit) and limit <= total_cost:
             self._refuse("budget", f"above {total_cost:g}", folder)

@@ -38,7 +38,7 @@ def print_line(text: object, file: IO[str] | None = None) -> None:
 
 
 def escape_warnings() -> None:
-    """Lets warnings of this process have no control characters, from any package."""
+    """Escapes control characters in all warnings of this process."""
     format_warning = warnings.formatwarning
 
     def format_printable(*args, **options) -> str:

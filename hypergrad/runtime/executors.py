@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -20,23 +19,15 @@ from .machine import Machine, describe_machine, warn_of_other_machines
 MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.001, 0.5
 
 
-class Future(Protocol):
-    """The pending result of a call."""
-
-    def done(self) -> bool:
-        """Returns True if the call has ended, with a result or with an error."""
-        ...
-
-    def result(self) -> Any:
-        """Returns the result of the call, or raises its error."""
-        ...
-
-
 class Executor(Protocol):
     """Runs functions, such as an executor of `concurrent.futures` or of submitit."""
 
-    def submit(self, fn: Callable, /, *args: Any) -> Future:
-        """Starts ``fn(*args)``: a function of this package, bytes and NumPy arrays."""
+    def submit(self, fn: Callable, /, *args: Any) -> Any:
+        """Starts ``fn(*args)``: a function of this package, bytes and NumPy arrays.
+
+        Returns:
+          An object with the methods ``done()`` and ``result()``.
+        """
         ...
 
 
@@ -83,7 +74,7 @@ class RemoteFunction:
             self.program = export_program(self.function, *example)
             outputs = eqx.filter_eval_shape(self.function, *example)
             self.out_structure = jax.tree.structure(outputs)
-        pending: dict[int, Future] = {}
+        pending: dict[int, Any] = {}
         causes: dict[int, Exception] = {}
         for number, args in arguments.items():
             try:
@@ -115,7 +106,7 @@ class RemoteFunction:
             self.machines.append(machine)
             warn_of_other_machines("a worker runs", [machine])
 
-    def _submit(self, args: tuple) -> Future:
+    def _submit(self, args: tuple) -> Any:
         arrays = jax.tree.leaves(eqx.filter(args, eqx.is_array))
         return self.executor.submit(
             run_program,
@@ -189,11 +180,7 @@ def _load_program(program: bytes) -> Callable:
 
 def _import_export() -> Any:
     """Returns `jax.export`; raises an ImportError that names the missing package."""
-    if find_spec("flatbuffers") is None:
-        raise ImportError(
-            "an executor needs flatbuffers. Install it with "
-            "pip install 'hypergrad-jax[executors]'."
-        )
+    compat.import_optional("flatbuffers", "an executor needs flatbuffers", "executors")
     from jax import export
 
     return export

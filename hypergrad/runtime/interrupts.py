@@ -11,10 +11,10 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields a function that returns whether Ctrl-C was pressed.
 
     The first Ctrl-C only sets what this function returns, so that nothing is
-    interrupted in between; a second one raises KeyboardInterrupt at once, and so does
-    the end of the block if the caller has not raised it. Outside of the main thread,
-    and where a program handles Ctrl-C in its own way, nothing changes and the function
-    returns False.
+    interrupted in between; a second one raises KeyboardInterrupt at once. If the caller
+    does not raise it, the end of the block does. Outside of the main thread, and where
+    a program handles Ctrl-C in its own way, nothing changes and the function returns
+    False.
     """
     is_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)

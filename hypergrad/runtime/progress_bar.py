@@ -4,6 +4,7 @@ import contextlib
 import html
 from collections.abc import Callable, Iterator
 
+from .compat import import_optional
 from .console import printable
 
 Update = Callable[[float, float, str], None]
@@ -25,13 +26,9 @@ def progress_bar(*, is_percentage: bool = False) -> Iterator[Update]:
     Raises:
       ImportError: Rich is not installed.
     """
-    try:
-        from rich import progress as columns
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError(
-            "a progress bar needs rich: pip install 'hypergrad-jax[display]'"
-        ) from error
+    import_optional("rich", "a progress bar needs rich", "display")
+    from rich import progress as columns
+    from rich.console import Console
 
     class CursorConsole(Console):
         def show_cursor(self, show: bool = True) -> bool:

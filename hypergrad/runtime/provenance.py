@@ -29,7 +29,10 @@ def versions() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Returns the version of every installed package, of several the imported one."""
+    """Returns the version of every installed package.
+
+    If one is installed twice, it is the version of the copy that is imported.
+    """
     versions: dict[str, str] = {}
     for package in importlib.metadata.distributions(path=sys.path):
         if package.name and package.version:  # else it is broken

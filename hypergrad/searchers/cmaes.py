@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
+from ..runtime.compat import import_optional
 from ..validation import check_positive_int, positive
 from .base import Trials, seed_from_key
 
@@ -148,10 +149,4 @@ def _optimizer_after(
 
 
 def _import_cmaes() -> Any:
-    try:
-        import cmaes
-    except ImportError as error:
-        raise ImportError(
-            "CMAES needs cmaes. Install it with pip install 'hypergrad-jax[search]'."
-        ) from error
-    return cmaes
+    return import_optional("cmaes", "CMAES needs cmaes", "search")

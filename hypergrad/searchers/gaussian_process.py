@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
+from ..runtime.compat import import_optional
 from ..validation import check_positive_int, positive
 from .base import PendingTrials, replace_nonfinite, seed_from_key
 
@@ -167,14 +168,8 @@ def to_features(
 
 def import_gaussian_process() -> Any:
     """Returns the module of scikit-learn; the error says how to install it."""
-    try:
-        from sklearn import gaussian_process
-    except ImportError as error:
-        raise ImportError(
-            "GaussianProcess needs scikit-learn. Install it with pip install "
-            "'hypergrad-jax[search]'."
-        ) from error
-    return gaussian_process
+    need = "GaussianProcess needs scikit-learn"
+    return import_optional("sklearn.gaussian_process", need, "search")
 
 
 def fit_process(

@@ -17,7 +17,7 @@ class NSGA2(eqx.Module):
     The first ``population_size`` trials are random. The parents of each later
     generation are the best ``population_size`` of all earlier parents and children:
     ordered by the number of fronts that dominate theirs, then by their distance to
-    neighbours on the front. A child takes each coordinate from one of two parents, and
+    neighbors on the front. A child takes each coordinate from one of two parents, and
     sometimes a random one.
 
     NSGA-II is for several outer losses and compares trials by dominance only. For a

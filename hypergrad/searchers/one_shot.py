@@ -1,5 +1,7 @@
 """One-shot search: a supernet whose ``w`` serves all choices and is trained once."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -98,7 +100,7 @@ class OneShot(PopulationSearcher):
         # The keys of the data and of the evaluations are the same in all rounds.
         key, record_key = jax.random.split(key)
         data_key, record_key = jax.random.split(record_key)
-        trainer = trainer.with_data_key(data_key)
+        trainer = replace(trainer, data_key=data_key)
         alpha_key, train_key = jax.random.split(jax.random.fold_in(key, index))
         rung = self.rung(trainer.num_steps, index)
         if previous is None:

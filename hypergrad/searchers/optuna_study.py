@@ -11,21 +11,14 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from .. import spaces
+from ..runtime.compat import import_optional
 from ..runtime.fingerprint import digest, fingerprint
 from ..spaces import Axis
-from .base import Trials
 
 
 def import_optuna(searcher: str) -> Any:
     """Returns the package; raises an ImportError that says how to install it."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            f"{searcher} needs optuna. Install it with "
-            "pip install 'hypergrad-jax[search]'."
-        ) from error
-    return optuna
+    return import_optional("optuna", f"{searcher} needs optuna", "search")
 
 
 def distributions(optuna: Any, axes: list[Axis]) -> dict[str, Any]:
@@ -63,30 +56,23 @@ def _name(index: int) -> str:
     return f"{index:06d}"
 
 
-def to_optuna_trials(optuna: Any, state: Trials) -> list[Any]:
-    """Returns the trials with their values as trials of optuna."""
-    axes = spaces.axes(state.space)
-    kinds = distributions(optuna, axes)
-    return [
-        optuna.trial.create_trial(
-            params=to_params(axes, t), distributions=kinds, value=value
-        )
-        for t, value in zip(state.t, state.values, strict=True)
-    ]
-
-
-def to_running_trials(
-    optuna: Any, space: PyTree, t: Float[np.ndarray, "proposals axes"]
+def to_optuna_trials(
+    optuna: Any,
+    space: PyTree,
+    t: Float[np.ndarray, "trials axes"],
+    values: Float[np.ndarray, " trials"] | None = None,
 ) -> list[Any]:
-    """Returns proposals without a value as trials of optuna that are running."""
+    """Returns trials as trials of optuna, which are running if there are no values."""
     axes = spaces.axes(space)
     kinds = distributions(optuna, axes)
-    running = optuna.trial.TrialState.RUNNING
+    state = optuna.trial.TrialState.COMPLETE
+    if values is None:
+        state, values = optuna.trial.TrialState.RUNNING, np.full(len(t), None)
     return [
         optuna.trial.create_trial(
-            state=running, params=to_params(axes, row), distributions=kinds
+            state=state, params=to_params(axes, row), distributions=kinds, value=value
         )
-        for row in t
+        for row, value in zip(t, values, strict=True)
     ]
 
 

@@ -104,7 +104,7 @@ class PopulationBasedTraining(PopulationSearcher):
     def next_members(
         self, trainer: Trainer, rung: Rung, previous: Round | None, key: Array
     ) -> tuple[Members, dict[str, Array]]:
-        """Returns the members after the replacement, labelled with their parents."""
+        """Returns the members after the replacement, labeled with their parents."""
         if previous is None:
             _check_is_continuous(trainer.space)
             members = trainer.init_members(rung.num_members, key)
@@ -165,7 +165,7 @@ def _check_members_use_alpha(trainer: Trainer, members: Members) -> None:
         raise ValueError(
             "alpha must be used by the losses or by the solver's steps in "
             f"PopulationBasedTraining, which changes it between steps; "
-            f"{', '.join(names)} sets only where the training starts. Use "
+            f"{names} sets only where the training starts. Use "
             "hg.searchers.SuccessiveHalving(num_candidates) or Hyperband()."
         )
 

@@ -85,10 +85,6 @@ class Trainer(eqx.Module):
     value_cost: float = eqx.field(static=True)
     data_key: Array = eqx.field(default_factory=lambda: jax.random.key(0))
 
-    def with_data_key(self, data_key: Array) -> "Trainer":
-        """Returns the trainer with the data of another key."""
-        return replace(self, data_key=data_key)
-
     def sample_data(self) -> tuple[Data, Data]:
         """Returns the inner and outer data of all members."""
         data_key, _ = jax.random.split(self.data_key)
@@ -301,7 +297,7 @@ class PopulationSearcher(eqx.Module):
         rung = self.rung(trainer.num_steps, index)
         init_index = self.init_round(trainer.num_steps, index)
         *_, data_key = jax.random.split(jax.random.fold_in(key, init_index), 3)
-        trainer = trainer.with_data_key(data_key)
+        trainer = replace(trainer, data_key=data_key)
         members, labels = self.next_members(trainer, rung, previous, members_key)
         return trainer.train_rung(members, rung, train_key, **labels)
 

@@ -100,7 +100,7 @@ class TPE(eqx.Module):
         if num_other_trials := len(trials) - len(state.values):
             key = jax.random.fold_in(key, num_other_trials)
         if len(state.pending_t):
-            trials += optuna_study.to_running_trials(
+            trials += optuna_study.to_optuna_trials(
                 optuna, state.space, state.pending_t
             )
         sampler = optuna.samplers.TPESampler(
@@ -118,8 +118,8 @@ class TPE(eqx.Module):
         state = state.add(alpha, value)
         if self.journal is not None:
             optuna = optuna_study.import_optuna("TPE")
-            last_trial = Trials(state.space, state.t[-1:], state.values[-1:])
-            (trial,) = optuna_study.to_optuna_trials(optuna, last_trial)
+            last_trial = state.space, state.t[-1:], state.values[-1:]
+            (trial,) = optuna_study.to_optuna_trials(optuna, *last_trial)
             with self._open_journal(optuna, state) as study:
                 study.add_trial(trial)
         return state
@@ -127,7 +127,9 @@ class TPE(eqx.Module):
     def _all_trials(self, optuna: Any, state: Trials) -> list[Any]:
         """Returns the trials of this search, or of all searches with this journal."""
         if self.journal is None:
-            return optuna_study.to_optuna_trials(optuna, state)
+            return optuna_study.to_optuna_trials(
+                optuna, state.space, state.t, state.values
+            )
         with self._open_journal(optuna, state) as study:
             return study.trials
 

@@ -95,19 +95,14 @@ def _from_json(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         math.nan if x is None else float(x) if isinstance(x, str) else x
     )
     numbers = jax.tree.map(to_float, x, is_leaf=lambda x: x is None)
-    return jnp.asarray(numbers, like.dtype)
+    return jnp.asarray(numbers, like.dtype).reshape(like.shape)
 
 
 def _is_close(recorded: jax.Array, proposed: jax.Array) -> bool:
     """Returns True if two leaves differ by rounding only, which changes no integer."""
     if not jnp.issubdtype(proposed.dtype, jnp.inexact):
         return np.array_equal(recorded, proposed)
-    has_same_shape = recorded.shape == proposed.shape
-    return has_same_shape and np.allclose(recorded, proposed, 1e-5, 1e-12)
-
-
-def _have_same_shapes(recorded: list[jax.Array], proposed: list[jax.Array]) -> bool:
-    return [x.shape for x in recorded] == [x.shape for x in proposed]
+    return np.allclose(recorded, proposed, 1e-5, 1e-12)
 
 
 def check_previous_trials(trials: Any) -> None:
@@ -133,12 +128,12 @@ class RecordedTrials:
       search: Fingerprint of the search that continues from them.
 
     Raises:
-      ValueError: A trial is not as it was recorded, its number is not an integer of at
-        least 0, or a number occurs twice.
+      ValueError: A trial is not as it was recorded, belongs to another search, or
+        occurs twice.
     """
 
     def __init__(self, trials: Sequence[dict], search: str):
-        self.trials, self.search = trials, search
+        self.trials = trials
         self.positions: dict[int, int] = {}
         for position, trial in enumerate(trials):
             if not _is_unchanged(trial):
@@ -148,19 +143,21 @@ class RecordedTrials:
                     "match, so that its numbers were changed or damaged. Leave it and "
                     "all later trials out, which run again."
                 )
-            number = trial.get("trial")
-            if not isinstance(number, int) or number < 0:
+            if trial["search"] != search:
                 raise ValueError(
-                    f'previous_trials[{position}]["trial"] must be an integer of at '
-                    f"least 0; got {number!r}."
+                    f"previous_trials[{position}] must be of the same problem, solver, "
+                    "w, metrics and key, including data and numbers that functions "
+                    "close over, and of the same version of jax. This search has the "
+                    f"fingerprint {search}; got {trial['search']!r}."
                 )
+            number = trial["trial"]
             if number in self.positions:
                 raise ValueError(
                     "previous_trials must hold each trial once; got trial "
                     f"{number} at positions {self.positions[number]} and {position}."
                 )
             self.positions[number] = position
-        machines = [trial.get("machine") for trial in trials]
+        machines = [trial["machine"] for trial in trials]
         warn_of_other_machines("previous_trials were recorded", machines)
 
     def restore(
@@ -171,7 +168,7 @@ class RecordedTrials:
         Arrays have the dtypes of a new trial.
 
         Raises:
-          ValueError: A recorded trial is not the one that this search would run.
+          ValueError: A recorded trial has an alpha that this search does not propose.
         """
         if not any(trial.number in self.positions for trial in batch):
             return batch, {}
@@ -191,43 +188,21 @@ class RecordedTrials:
         self, trial: Trial, like: TrialRecord, is_first_batch: bool
     ) -> tuple[PyTree, TrialRecord]:
         position = self.positions[trial.number]
-        name, recorded = f"previous_trials[{position}]", self.trials[position]
-        metrics = recorded.get("metrics")
-        if isinstance(metrics, Mapping) and set(metrics) != set(like.metrics):
-            raise ValueError(
-                f"{name} must have the metrics {sorted(like.metrics)} of this search; "
-                f"got {sorted(metrics)}. Pass the metrics that it was recorded with."
-            )
+        recorded = self.trials[position]
         proposed, structure = jax.tree.flatten(trial.alpha)
-        reshape = lambda like, x: _from_json(x, like).reshape(like.shape)
-        try:
-            alpha = [
-                _from_json(x, leaf)
-                for x, leaf in zip(recorded["alpha"], proposed, strict=True)
-            ]
-            columns = {field: recorded[field] for field in TrialRecord._fields}
-            record = TrialRecord(**jax.tree.map(reshape, like._asdict(), columns))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} must be a dictionary that trial_callback received in this "
-                f"search; it cannot be read: {error!r}."
-            ) from error
-        if recorded.get("search") != self.search:
-            raise ValueError(
-                f"{name} must be of the same problem, solver, w, metrics and key, "
-                "including data and numbers that functions close over, and of the same "
-                f"version of jax. This search has the fingerprint {self.search}; got "
-                f"{recorded.get('search')!r}."
-            )
+        # Shapes and names are those of this search, because its fingerprint is equal.
+        alpha = list(map(_from_json, recorded["alpha"], proposed))
+        columns = {field: recorded[field] for field in TrialRecord._fields}
+        to_array = lambda like, x: _from_json(x, like)
+        record = TrialRecord(**jax.tree.map(to_array, like._asdict(), columns))
         # Another machine may round a decomposition of earlier trials to another one.
-        may_differ = recorded.get("machine") != describe_machine() and (
-            not is_first_batch and _have_same_shapes(alpha, proposed)
-        )
+        is_other_machine = recorded["machine"] != describe_machine()
+        may_differ = is_other_machine and not is_first_batch
         if not (may_differ or all(map(_is_close, alpha, proposed))):
             raise ValueError(
-                f"{name} must have the alpha that this search proposes, "
-                f"{alpha_to_json(proposed)}; got {recorded['alpha']}. Pass the "
-                "searcher and space that it was recorded with, and all trials."
+                f"previous_trials[{position}] must have the alpha that this search "
+                f"proposes, {alpha_to_json(proposed)}; got {recorded['alpha']}. Pass "
+                "the searcher and space that it was recorded with, and all trials."
             )
         return structure.unflatten(alpha), record
 

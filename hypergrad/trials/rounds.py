@@ -79,8 +79,8 @@ def search_rounds(
     description, state = "", None
     if round_callback is not None or previous_rounds:
         description = describe_search(searcher, trainer, key)
-    # Bounds of the space that are Python numbers stay constants of the programs: as
-    # inputs they would change the last bits of earlier runs.
+    # Python numbers in the space are not made arrays: as inputs of the programs they
+    # would change the last bits of earlier runs.
     shared = floats_to_arrays(searcher), trainer, key
     searcher, trainer, key = _copy_to_all_devices(shared)
     if previous_rounds:
@@ -168,19 +168,6 @@ def describe_search(searcher: PopulationSearcher, trainer: Trainer, key: Array) 
     )
 
 
-#: The texts in the dictionary of a state.
-METADATA = {"search", "machine", "sha256"}
-
-#: Prefixes of the names of arrays with a leading axis of members. ``records`` has the
-#: members of all rounds, the others have those of the last one.
-PER_MEMBER_FIELDS = (
-    "records",
-    "last_round.records",
-    "last_round.members.alpha",
-    "last_round.members.carry",
-)
-
-
 def state_to_dict(state: PopulationState, description: str) -> dict:
     """Returns a state as a dictionary of arrays, with the description of its search."""
     leaves = jax.tree.leaves_with_path(state)
@@ -214,7 +201,7 @@ def restore_state(
     """Returns the state of `state_to_dict` in the dtypes of a new one.
 
     Raises:
-      ValueError: The state is incomplete or damaged, or belongs to another search.
+      ValueError: The state is damaged or belongs to another search.
     """
     if str(saved.get("search")) != description:
         raise ValueError(
@@ -229,64 +216,26 @@ def restore_state(
         )
     first_state = lambda: _add_round(None, searcher.round(trainer, 0, None, key), 0.0)
     like = eqx.filter_eval_shape(first_state)
-    leaves, structure = jax.tree.flatten_with_path(like)
-    leaves = {_path_to_name(path): leaf for path, leaf in leaves}
-    if different := (leaves.keys() | METADATA) ^ saved.keys():
-        raise ValueError(
-            "previous_trials[-1] must have the arrays of this search; it differs in "
-            f"{printable(', '.join(sorted(different)))}. Pass the same problem, solver "
-            "and metrics."
-        )
-    restored = {
-        name: _restore_leaf(saved[name], leaf, name) for name, leaf in leaves.items()
-    }
-    for prefix in ("records.", "last_round."):
-        lengths = {
-            name: len(leaf)
-            for name, leaf in restored.items()
-            if name.startswith(prefix) and _is_per_member(name, leaf)
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(
-                "previous_trials[-1] must have arrays with the same number of members; "
-                f"got {lengths}. Pass what trial_callback received."
-            )
     machine = json.loads(str(saved["machine"]))
     warn_of_other_machines("previous_trials[-1] was recorded", [machine])
-    return structure.unflatten(restored.values())
+    # Names and dtypes are those of this search, because its description is equal.
+    return jax.tree.map_with_path(
+        lambda path, leaf: _restore_leaf(np.asarray(saved[_path_to_name(path)]), leaf),
+        like,
+    )
 
 
 def _path_to_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _is_per_member(name: str, leaf: Any) -> bool:
-    return np.ndim(leaf) > 0 and name.startswith(PER_MEMBER_FIELDS)
-
-
-def _restore_leaf(saved: Any, like: Any, name: str) -> Any:
+def _restore_leaf(saved: np.ndarray, like: Any) -> Any:
     """Returns a leaf in the dtype of ``like``; the number of members may differ."""
-    saved, label = np.asarray(saved), f"previous_trials[-1]['{name}']"
-    if saved.dtype.kind not in "biufV":
-        raise ValueError(
-            f"{label} must be numeric; got {saved.dtype}. Pass what trial_callback "
-            "received."
-        )
-    if is_key(like):
-        impl = jax.random.key_impl(jnp.empty((), like.dtype))
-        saved = jax.random.wrap_key_data(jnp.asarray(saved), impl=impl)
-    expected_shape = np.shape(like)
-    if _is_per_member(name, saved):
-        expected_shape = saved.shape[:1] + expected_shape[1:]
-    if saved.shape != expected_shape:
-        raise ValueError(
-            f"{label} must have shape {expected_shape}; got {saved.shape}. Pass the "
-            "same problem, solver and space."
-        )
     if isinstance(like, int | float):
         return type(like)(saved)
     if is_key(like):
-        return saved
+        impl = jax.random.key_impl(jnp.empty((), like.dtype))
+        return jax.random.wrap_key_data(jnp.asarray(saved), impl=impl)
     # np.load returns the bytes of a bfloat16 array, which NumPy does not know.
     saved = saved.view(like.dtype) if saved.dtype.kind == "V" else saved
     return jnp.asarray(saved, like.dtype)
