@@ -122,9 +122,7 @@ def make_task(key: Array, scale: str = "small", *, variant: str = "maml") -> Tas
         test_solver = solver
     problem = lambda name: hg.Bilevel(*losses, init_fn=init_fn, data_fn=sampler(name))
     return Task(
-        name="omniglot",
         paradigm="few-shot",
-        source="Finn et al. 2017 (arXiv 1703.03400)",
         problem=problem("train"),
         solver=solver,
         w=w,

@@ -63,6 +63,7 @@ from hypergrad.bench import (
 )
 from hypergrad.tasks import self_supervised
 from hypergrad.tasks.self_supervised import BATCH, DEFAULT, NUM_TRAIN, SOLVER
+from hypergrad.tasks.task import loss_metric
 
 from .shared import task_plots as plots
 from .shared.outcomes import conclude
@@ -97,7 +98,7 @@ HYPERGRADIENTS = {
 def make_task(key, scale, *, hold_out=False):
     """Returns the task with metrics that are means over several encoders."""
     task = self_supervised.make(key=key, scale=scale, hold_out=hold_out, data=digits())
-    val = jax.tree_util.Partial(self_supervised.probe_error_on, task.splits["val"])
+    val = loss_metric(self_supervised.probe_error, task.splits["val"])
     metrics = {
         name: jax.tree_util.Partial(mean_over_encoders, metric)
         for name, metric in (task.metrics | {"val_error": val}).items()

@@ -65,6 +65,7 @@ from hypergrad.bench import (
     with_options,
 )
 from hypergrad.tasks import semi_supervised
+from hypergrad.tasks.task import loss_metric
 
 from .shared import task_plots
 from .shared.outcomes import conclude
@@ -87,15 +88,9 @@ def make_task(key, scale, *, penalty, hold_out):
     held_out = splits["held_out"]
     metrics = {
         "held_out_accuracy": jax.tree_util.Partial(semi_supervised.accuracy, held_out),
-        "held_out_loss": jax.tree_util.Partial(loss_of_examples, held_out),
+        "held_out_loss": loss_metric(semi_supervised.val_loss, held_out),
     }
     return dataclasses.replace(task, splits=splits, metrics=task.metrics | metrics)
-
-
-def loss_of_examples(examples, w, alpha, key):
-    """Returns the mean cross-entropy of examples, as a metric."""
-    del key
-    return semi_supervised.val_loss(w, alpha, examples)
 
 
 def gradient_method(estimator, step_cost):

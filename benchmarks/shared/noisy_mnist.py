@@ -76,9 +76,7 @@ def make_task(key: Array, scale: str = "paper", *, hold_out: bool = False) -> Ta
     accuracy = lambda name: jax.tree_util.Partial(cleaning.accuracy, splits[name])
     wrong = splits["train"]["wrong"]
     return Task(
-        name="noisy MNIST",
         paradigm="supervised",
-        source="Franceschi et al. 2017 (arXiv 1703.01785), section 5.1",
         problem=hg.Bilevel(
             cleaning.train_loss, cleaning.val_loss, train, splits["val"]
         ),

@@ -18,7 +18,7 @@ from ..estimators import Implicit
 from ..estimators.base import make_stats
 from ..minimize import minimize
 from ..search import search
-from ..searchers import Grid, Random, Sobol
+from ..searchers import Random
 from ..tasks.task import Task
 from ..trace import Trace
 from .methods import Method, with_options
@@ -44,17 +44,15 @@ def keeps_w(method: Method) -> Method:
 
 def random_search(task: Task, *, budget: float, key: Array) -> Trace:
     """Samples ``alpha`` from the space until the budget is spent."""
-    return _search(task, Random(), budget, key)
-
-
-def sobol_search(task: Task, *, budget: float, key: Array) -> Trace:
-    """Tries a low-discrepancy sequence in the space until the budget is spent."""
-    return _search(task, Sobol(), budget, key)
-
-
-def grid_search(num: int) -> Method:
-    """Returns the method that tries a grid with ``num`` values per axis."""
-    return lambda task, *, budget, key: _search(task, Grid(num), budget, key)
+    return search(
+        task.problem,
+        task.solver,
+        Random(),
+        task.w,
+        space=task.space,
+        budget=budget,
+        key=key,
+    )
 
 
 def _implicit(task: Task, *, budget: float, key: Array, learning_rate: float) -> Trace:
@@ -96,16 +94,4 @@ def trace_of_point(
         stats={name: x[None] for name, x in stats.items()},
         metrics={},
         status_code=jnp.asarray(0),
-    )
-
-
-def _search(task: Task, searcher: Any, budget: float, key: Array) -> Trace:
-    return search(
-        task.problem,
-        task.solver,
-        searcher,
-        task.w,
-        space=task.space,
-        budget=budget,
-        key=key,
     )

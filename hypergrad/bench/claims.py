@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 
 from .methods import budget_factor_of, has_failed
-from .rows import Row, cell_key, hashable
+from .rows import Row, select
 from .statistics import (
-    LEVEL,
     MIN_SEEDS,
     Interval,
     Resplits,
@@ -53,7 +52,7 @@ class Finding:
         """True if ``hypergrad check`` must fail."""
         return self.outcome == "FAILED"
 
-    def at_other_protocol(self, deviations: Sequence[str]) -> "Finding":
+    def undecided_if(self, deviations: Sequence[str]) -> "Finding":
         """Returns the finding, undecided if a claim was not tested by its protocol."""
         is_claim = self.outcome in ("supported", "not supported", "contradicted")
         if not (is_claim and deviations):
@@ -118,9 +117,7 @@ class Pair:
 
     def rows_of(self, label: str, rows: Sequence[Row]) -> list[Row]:
         """Returns the rows of a method that have the further fields."""
-        names = ("method", *(name for name, _ in self.where))
-        values = (label, *(hashable(value) for _, value in self.where))
-        return [row for row in rows if cell_key(row, names) == values]
+        return select(rows, method=label, **dict(self.where))
 
     @property
     def condition(self) -> str:
@@ -398,7 +395,7 @@ def evaluate_claims(
     line is returned.
     """
     p_values = [claim.p_value(rows, claim.stated_effect, resplits) for claim in claims]
-    levels = holm_levels(p_values, level=LEVEL)
+    levels = holm_levels(p_values)
     labels = {row["method"] for row in rows}
     return [
         claim.evaluate(rows, level, resplits)

@@ -40,8 +40,8 @@ class Column:
     def text(self, rows: Sequence[Row], num_missing: int = 0) -> str:
         """Returns the cell of the printed table; "-" if no row has a number.
 
-        It says how many runs it is about if some have no number or are missing. A row
-        without the field is about something else.
+        If some runs have no number or are missing, the cell says how many are counted.
+        Rows without the field do not count as runs.
         """
         values = self.values([row for row in rows if self.name in row])
         num_runs = values.size + num_missing

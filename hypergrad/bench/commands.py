@@ -178,14 +178,10 @@ def planned_rows(
     text = lambda number: "-" if number is None else f"{number:,.0f}"
     columns = ("method", "tuning runs", "runs", "grad-eq, at most", "seconds, about")
     rows = [
-        [
-            row.label,
-            str(row.num_tuning_runs),
-            str(row.num_runs),
-            text(row.max_cost),
-            text(row.seconds),
-        ]
-        for row in plan(ref, options, finished, committed)
+        [label, str(num_tuning), str(num_runs), text(max_cost), text(seconds)]
+        for label, num_tuning, num_runs, max_cost, seconds in plan(
+            ref, options, finished, committed
+        )
     ]
     return columns, rows
 

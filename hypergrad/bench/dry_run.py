@@ -1,7 +1,6 @@
 """The plan of a run, without running or compiling anything."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from .loading import TableRef
 from .rows import Row, cell_key
@@ -9,33 +8,17 @@ from .runner import RunOptions, check_options
 from .table import Table
 
 
-@dataclass(frozen=True)
-class PlannedRow:
-    """The cells of one method that have no row yet.
-
-    Attributes:
-      label: Label of the row.
-      num_tuning_runs: Number of tuning runs.
-      num_runs: Number of reported runs.
-      max_cost: Gradient-equivalents of all of them, if every run spends its budget.
-      seconds: Expected seconds by the committed rows of this scale and budget, if there
-        are any.
-    """
-
-    label: str
-    num_tuning_runs: int
-    num_runs: int
-    max_cost: float | None
-    seconds: float | None
-
-
 def plan(
     ref: TableRef,
     options: RunOptions,
     finished: Sequence[Row],
     committed: Sequence[Row],
-) -> list[PlannedRow]:
+) -> list[tuple[str, int, int, float | None, float | None]]:
     """Returns the cells that a run would measure, by label, and what they may cost.
+
+    A row has the label of a method, its numbers of tuning runs and of reported runs,
+    the gradient-equivalents of all of them if every run spends its budget, and the
+    expected seconds by the committed rows of this scale and budget, if there are any.
 
     Args:
       ref: The table.
@@ -70,14 +53,9 @@ def plan(
             and (row["scale"], row.get("budget")) == (options.scale, budget)
             and row.get("run_seconds") is not None
         ]
-        mean = sum(seconds) / len(seconds) if seconds else None
-        planned.append(
-            PlannedRow(
-                label=label,
-                num_tuning_runs=num_tuning,
-                num_runs=len(method_cells) - num_tuning,
-                max_cost=max_cost,
-                seconds=None if mean is None else mean * len(method_cells),
-            )
-        )
+        total_seconds = None
+        if seconds:
+            total_seconds = sum(seconds) / len(seconds) * len(method_cells)
+        num_runs = len(method_cells) - num_tuning
+        planned.append((label, num_tuning, num_runs, max_cost, total_seconds))
     return planned

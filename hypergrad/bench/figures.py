@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime import atomic_io
+from ..runtime.compat import import_optional
 from .report import TableResult
 
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
@@ -79,12 +80,7 @@ def import_pyplot():
 
     A backend that was chosen before stays, such as that of a notebook.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib: pip install 'hypergrad-jax[cli]'"
-        ) from error
+    matplotlib = import_optional("matplotlib", "figures need matplotlib", "cli")
     if matplotlib.get_backend(auto_select=False) is None:
         matplotlib.use("Agg")
     from matplotlib import pyplot

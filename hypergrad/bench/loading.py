@@ -235,7 +235,7 @@ def import_file(path: Path) -> ModuleType:
     """Imports a Python file once per process.
 
     A file in a package, that is beside an ``__init__.py``, is imported as a member of
-    the package, so that it can import its neighbours relatively.
+    the package, so that it can import its neighbors relatively.
 
     The module keeps the digest of the file and of what it imports, see
     `imported_digest`.

@@ -30,8 +30,6 @@ JAX_SETTINGS = (
 #: Fields of the process that measures a cell, which may be a worker elsewhere. They
 #: must be equal in all rows of a file; older rows have no ``jax_settings``.
 PROCESS_FIELDS = ("versions", "device", "float", "jax_settings")
-#: Fields that must be equal in all rows of one file.
-COMMON_FIELDS = ("source", *PROCESS_FIELDS)
 
 
 def collect(table_file: Path, command: str) -> dict[str, Any]:

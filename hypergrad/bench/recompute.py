@@ -72,7 +72,10 @@ def seconds_of(result: TableResult, row: Row) -> float:
 
 
 def compared_columns(result: TableResult, row: Row) -> list[Column]:
-    """Returns the columns with a number, or none where it is not finite; no times."""
+    """Returns the columns in which the row has a number or None, except times.
+
+    A number that is not finite is None in a row that was read.
+    """
     return [
         column
         for column in result.table.printed_columns

@@ -77,7 +77,7 @@ def append_row(path: Path, row: Row) -> None:
         atomic_io.append_durably(file, to_line(row))
 
 
-def set_cut_line_aside(path: Path) -> None:
+def move_incomplete_line(path: Path) -> None:
     """Moves what stands after the last complete line into the file ``NAME.cut``."""
     content = path.read_bytes()
     num_complete = content.rfind(b"\n") + 1

@@ -4,16 +4,15 @@ Every finished cell is a line on the disk, so that a run that was killed continu
 it stopped. Rows of other source code, data or settings are refused.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from ..runtime import atomic_io
+from ..runtime.executors import Executor
 from ..runtime.fingerprint import digest
 from ..runtime.machine import describe_machine, warn_of_other_machines
 from ..runtime.provenance import utc_now
@@ -26,31 +25,23 @@ from .rows import (
     Row,
     append_row,
     cell_key,
+    move_incomplete_line,
     not_serializable,
     parse_line,
     read_rows,
-    set_cut_line_aside,
     to_line,
 )
 from .source import digest_package
 from .table import BaseTable
-from .workers import await_all, worker_message
+from .workers import await_outcomes
 
 #: Fields of a row that must be equal in all rows of a file.
-COMMON_FIELDS = ("table", "scale", "budget", "data", *provenance.COMMON_FIELDS)
+COMMON_FIELDS = ("table", "scale", "budget", "data", "source", *PROCESS_FIELDS)
 #: Fields of a row that neither its cell nor a measurement may have.
 RESERVED_FIELDS = {
     *COMMON_FIELDS, "commit", "command", "converted_from", "machine", "method_source",
     "time", "sha256",
 }  # fmt: skip
-
-
-class Executor(Protocol):
-    """Anything with ``submit``, such as those of `concurrent.futures`."""
-
-    def submit(self, fn: Callable, /, *args: Any) -> Any:
-        """Returns a future with ``done()`` and ``result()``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ def run_table(
             check_row_origin(row, common, method_sources, path)
         machines = [row.get("machine") for row in result.rows]
         warn_of_other_machines(f"rows of {path} were made", machines)
-        set_cut_line_aside(path)
+        move_incomplete_line(path)
         num_cells, num_done = sum(map(len, stages)), 0
         num_rows = len(result.rows)
         for stage in stages:
@@ -247,32 +238,28 @@ def _make_row(cell: Cell, outcome: Row, origin: Row, key_fields: Sequence[str]) 
         row would not be that of the cell.
     """
     row = cell | outcome | origin
-    _check_source_is_unchanged(outcome, row)
-    _check_process_is_alike(outcome, row)
+    _check_measured_origin(outcome, row)
     _check_cell_is_unchanged(cell, row, key_fields)
     return row
 
 
-def _check_source_is_unchanged(outcome: Row, row: Row) -> None:
-    """Raises ValueError if a cell was measured with other source than the run's."""
-    for name in ("source", "method_source"):
-        if outcome.get(name) != row.get(name):
+def _check_measured_origin(outcome: Row, row: Row) -> None:
+    """Raises ValueError if a cell was measured by other source or another process."""
+    for name in ("source", "method_source", *PROCESS_FIELDS):
+        measured, expected = outcome.get(name), row.get(name)
+        if measured == expected:
+            continue
+        if name in PROCESS_FIELDS:
             raise ValueError(
-                f"the {name} of the table changed after it was imported "
-                f"({outcome.get(name)}, now {row.get(name)}). Rows of both must not "
-                "share a file; restore it, or start a new process with another --out."
-            )
-
-
-def _check_process_is_alike(outcome: Row, row: Row) -> None:
-    """Raises ValueError if a worker's device, precision or versions are others."""
-    for name in PROCESS_FIELDS:
-        if outcome[name] != row[name]:
-            raise ValueError(
-                f"a worker measured with another {name} ({outcome[name]}, before "
-                f"{row[name]}). Rows of both must not share a file; give workers that "
+                f"a worker measured with another {name} ({measured}, before "
+                f"{expected}). Rows of both must not share a file; give workers that "
                 "are alike, or another --out."
             )
+        raise ValueError(
+            f"the {name} of the table changed after it was imported ({measured}, now "
+            f"{expected}). Rows of both must not share a file; restore it, or start a "
+            "new process with another --out."
+        )
 
 
 def _check_cell_is_unchanged(cell: Cell, row: Row, key_fields: Sequence[str]) -> None:
@@ -319,50 +306,21 @@ def _measure_all(
     """Yields each cell with its row fields or its error, as they are finished."""
     earlier = [row for row in rows if row.get("stage") is not None]
     failures: dict[str, str] = {}
-    for cell, outcome in _measure_each(ref, cells, options, earlier, failures):
+    arguments = options.scale, earlier
+    if (executor := options.executor) is None:
+
+        def measure(cell):
+            failure = failures.get(str(cell["method"]))
+            return measure_cell(ref, cell, *arguments) if failure is None else failure
+
+        outcomes = ((cell, measure(cell)) for cell in cells)
+    else:
+        submit = lambda cell: executor.submit(measure_cell, ref, cell, *arguments)
+        outcomes = await_outcomes(submit, cells, options.max_pending, failures)
+    for cell, outcome in outcomes:
         # A method of which one tuning run failed is not tuned further.
         if isinstance(outcome, str) and cell.get("stage") is not None:
             failures[str(cell["method"])] = outcome
-        yield cell, outcome
-
-
-def _measure_each(
-    ref: TableRef,
-    cells: Sequence[Cell],
-    options: RunOptions,
-    earlier: list[Row],
-    failures: dict[str, str],
-) -> Iterator[tuple[Cell, Row | str]]:
-    """Yields each cell with its row fields or its error, as they are finished.
-
-    Args:
-      ref, cells, options: As for `_measure_all`.
-      earlier: The rows of earlier stages.
-      failures: Errors of methods by label, whose further cells have this error and are
-        not run. The caller may add to them.
-    """
-    if options.executor is None:
-        for cell in cells:
-            outcome = failures.get(str(cell["method"]))
-            if outcome is None:
-                outcome = measure_cell(ref, cell, options.scale, earlier)
-            yield cell, outcome
-        return
-    executor = options.executor
-    submit = lambda cell: executor.submit(
-        measure_cell, ref, cell, options.scale, earlier
-    )
-    interrupted = []
-    for cell, outcome in await_all(submit, cells, options.max_pending, failures):
-        if isinstance(outcome, concurrent.futures.BrokenExecutor):
-            interrupted.append(cell)
-        else:
-            yield cell, outcome
-    # A cell that ends its worker also interrupts the cells that wait beside it. If
-    # each is measured alone, only the cell itself fails.
-    for cell, outcome in await_all(submit, interrupted, 1, failures):
-        if isinstance(outcome, concurrent.futures.BrokenExecutor):
-            outcome = worker_message(outcome)
         yield cell, outcome
 
 

@@ -78,23 +78,13 @@ def difference_interval(
     return mean_interval(difference, level=level, resplits=resplits)
 
 
-def ratio_interval(
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    level: float = LEVEL,
-    resplits: Resplits | None = None,
-) -> Interval:
+def ratio_interval(x: ArrayLike, y: ArrayLike, *, level: float = LEVEL) -> Interval:
     """Returns the geometric mean of ``x / y`` and its interval.
 
     It is `difference_interval` of the logarithms. Values must be positive.
     """
-    logs = difference_interval(
-        np.log(np.asarray(x, float)),
-        np.log(np.asarray(y, float)),
-        level=level,
-        resplits=resplits,
-    )
+    log_x, log_y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
+    logs = difference_interval(log_x, log_y, level=level)
     return Interval(*np.exp(logs).tolist())
 
 
@@ -114,20 +104,20 @@ def p_value(
     return float(2 * scipy.stats.t.sf(distance / standard_error, values.size - 1))
 
 
-def holm_levels(p_values: ArrayLike, *, level: float = LEVEL) -> list[float]:
+def holm_levels(p_values: ArrayLike) -> list[float]:
     """Returns the level of the interval of each claim under Holm's correction.
 
     Holm (1979): with the p-values in ascending order, the i-th of m (from 0) is tested
-    at ``(1 - level) / (m - i)``. A claim after the first one that is not rejected keeps
+    at ``(1 - LEVEL) / (m - i)``. A claim after the first one that is not rejected keeps
     the level of that one, so that all m decisions together err with probability at
-    most ``1 - level``.
+    most ``1 - LEVEL``.
     """
     p_values = np.asarray(p_values, float)
     levels = np.empty(p_values.size)
     error, has_failed = 0.0, False
     for i, index in enumerate(np.argsort(p_values, kind="stable")):
         if not has_failed:
-            error = (1 - level) / (p_values.size - i)
+            error = (1 - LEVEL) / (p_values.size - i)
             has_failed = not p_values[index] <= error
         levels[index] = 1 - error
     return levels.tolist()

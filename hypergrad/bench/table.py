@@ -146,7 +146,7 @@ class BaseTable(abc.ABC):
             text += reason if is_complete else "rows are missing"
             outcomes.append(Finding(text, "FAILED" if is_complete else "undecided"))
         deviations = self.deviations(rows)
-        return [finding.at_other_protocol(deviations) for finding in outcomes]
+        return [finding.undecided_if(deviations) for finding in outcomes]
 
     def deviations(self, rows: Sequence[Row], scale: str | None = None) -> list[str]:
         """Returns in what rows deviate from the protocol of the table, in words.

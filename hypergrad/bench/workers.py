@@ -72,7 +72,37 @@ def executor_of(workers: int) -> Iterator[WorkerPool | None]:
     pool.shutdown()
 
 
-def await_all(
+def await_outcomes(
+    submit: Callable[[Cell], Any],
+    cells: Sequence[Cell],
+    max_pending: int,
+    failures: dict[str, str],
+) -> Iterator[tuple[Cell, Row | str]]:
+    """Yields each cell with its row fields or its error, as they are finished.
+
+    A cell that ends its worker also interrupts the cells that wait beside it. They are
+    measured once more, each alone, so that only the cell itself fails.
+
+    Args:
+      submit: Function that starts the measurement of a cell and returns its future.
+      cells: The cells.
+      max_pending: Number of cells that are submitted at once.
+      failures: Errors of methods by label, whose further cells have this error and are
+        not run. The caller may add to them.
+    """
+    interrupted = []
+    for cell, outcome in _await_all(submit, cells, max_pending, failures):
+        if isinstance(outcome, concurrent.futures.BrokenExecutor):
+            interrupted.append(cell)
+        else:
+            yield cell, outcome
+    for cell, outcome in _await_all(submit, interrupted, 1, failures):
+        if isinstance(outcome, concurrent.futures.BrokenExecutor):
+            outcome = _worker_message(outcome)
+        yield cell, outcome
+
+
+def _await_all(
     submit: Callable[[Cell], Any],
     cells: Sequence[Cell],
     max_pending: int,
@@ -114,9 +144,9 @@ def _outcome(future: Any) -> Row | str | concurrent.futures.BrokenExecutor:
     except concurrent.futures.BrokenExecutor as error:
         return error
     except (Exception, SystemExit) as error:  # the worker failed
-        return worker_message(error)
+        return _worker_message(error)
 
 
-def worker_message(error: BaseException) -> str:
+def _worker_message(error: BaseException) -> str:
     """Returns the error of a worker in words."""
     return f"{type(error).__name__} of the worker: {error}"

@@ -10,8 +10,8 @@ direction.
 - `AugmentedLagrangian` minimizes the first loss within limits on the others.
 - `pareto_front` computes a Pareto front, `non_dominated` finds it among given points,
   and `hypervolume` measures it.
-- `num_parameters`, `num_flops`, `activation_bytes`, `expected_cost`, `num_labelled` and
-  `LatencyTable` are costs of a model as differentiable functions.
+- `num_parameters`, `num_flops`, `activation_bytes`, `expected_cost` and `LatencyTable`
+  are costs of a model as differentiable functions.
 
 The weights of a sum may be hyperparameters of a third level, because
 `hypergrad.argmin` can be nested. Write your own aggregator as in `Aggregator`.
@@ -22,13 +22,7 @@ from .common_descent import MGDA, UPGrad
 from .constraints import AugmentedLagrangian
 from .front_measures import hypervolume, non_dominated
 from .latency import LatencyTable
-from .model_cost import (
-    activation_bytes,
-    expected_cost,
-    num_flops,
-    num_labelled,
-    num_parameters,
-)
+from .model_cost import activation_bytes, expected_cost, num_flops, num_parameters
 from .pareto_front import pareto_front
 from .preference import EPO
 from .scalarization import SmoothTchebycheff, WeightedSum
@@ -47,7 +41,6 @@ __all__ = [
     "hypervolume",
     "non_dominated",
     "num_flops",
-    "num_labelled",
     "num_parameters",
     "pareto_front",
 ]

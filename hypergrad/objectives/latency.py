@@ -1,8 +1,8 @@
 """Latency as a differentiable function of widths, interpolated between measurements."""
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import equinox as eqx
@@ -57,7 +57,6 @@ class LatencyTable(eqx.Module):
         make_fn: Callable[..., Callable[[], Any]],
         *widths: Sequence[float],
         num_repeats: int = 10,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> "LatencyTable":
         """Returns a table of the times of ``make_fn(width_1, ...)()`` on this machine.
 
@@ -68,7 +67,6 @@ class LatencyTable(eqx.Module):
           *widths: The knots of each axis.
           num_repeats: Number of timed calls at each knot, of which the median counts. A
             first call, which may compile, is not timed. Defaults to 10.
-          clock: Function that returns seconds. Defaults to ``time.perf_counter``.
 
         Raises:
           TypeError, ValueError: An argument is invalid.
@@ -100,9 +98,9 @@ class LatencyTable(eqx.Module):
             jax.block_until_ready(run())
             times = []
             for _ in range(num_repeats):
-                start_time = clock()
+                start_time = perf_counter()
                 jax.block_until_ready(run())
-                times.append(clock() - start_time)
+                times.append(perf_counter() - start_time)
             return np.median(times)
 
         seconds = [median_seconds(*knot) for knot in itertools.product(*widths)]

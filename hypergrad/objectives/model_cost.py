@@ -96,20 +96,6 @@ def expected_cost(
     return jnp.sum(jax.nn.softmax(logits) * jnp.broadcast_to(costs, logits.shape))
 
 
-def num_labelled(weights: Float[Array, " n"]) -> Float[Array, ""]:
-    """Returns the expected number of examples to label, the sum of their weights.
-
-    Args:
-      weights: Probability in [0, 1] that each example is labelled.
-
-    >>> import jax.numpy as jnp
-    >>> from hypergrad.objectives import num_labelled
-    >>> float(num_labelled(jnp.array([1.0, 0.5, 0.0])))
-    1.5
-    """
-    return jnp.sum(weights)
-
-
 def _as_widths(widths: Widths) -> Array:
     n = 1.0 * jnp.asarray(widths)
     if n.ndim != 1 or n.size < 2:

@@ -54,8 +54,8 @@ class Space(Protocol):
     ...     def is_interior(self, alpha):
     ...         return alpha > 0
     ...
-    ...     def sample(self, key, shape=(), dtype=None):
-    ...         return jax.random.exponential(key, shape, dtype)
+    ...     def sample(self, key):
+    ...         return jax.random.exponential(key)
     >>> isinstance(Softplus(), hg.spaces.Space)
     True
     >>> space = {"penalty": Softplus(), "weights": hg.spaces.Simplex()}
@@ -91,10 +91,8 @@ class Space(Protocol):
         """
         ...
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
-    ) -> Array:
-        """Returns a random ``alpha``; its shape defaults to that of the space."""
+    def sample(self, key: Array) -> Array:
+        """Returns a random ``alpha`` of the shape of the space."""
         ...
 
 
@@ -112,13 +110,9 @@ class BoundedSpace(PrettyModule):
     def from_unit(self, t: ArrayLike) -> Array:
         """Returns ``alpha`` at coordinates in [0, 1]."""
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
-    ) -> Array:
+    def sample(self, key: Array) -> Array:
         """Returns a sample that is uniform in the coordinates."""
-        shape = self.shape if shape is None else shape
-        dtype = dtype or jnp.result_type(float)
-        return self.from_unit(jax.random.uniform(key, shape, dtype))
+        return self.from_unit(jax.random.uniform(key, self.shape))
 
 
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -131,10 +125,10 @@ def identity(self: Any, x: Any) -> Any:
     return x
 
 
-def raise_unbounded(space: Any) -> NoReturn:
+def raise_unbounded(self: Any, key: Any = None) -> NoReturn:
     """Raises ValueError, because an unbounded space has no uniform distribution."""
     raise ValueError(
-        f"space must be bounded to be sampled or searched; got {space}. Use "
+        f"space must be bounded to be sampled or searched; got {self}. Use "
         "Interval(low, high), with log=True for a scale."
     )
 

@@ -1,6 +1,6 @@
 """Spaces of real numbers, each for one leaf of ``alpha``."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,21 +21,14 @@ class Real(eqx.Module):
 
     requirement = "finite"
     forward = inverse = project = identity
+    sample = raise_unbounded
+    unit_shape = property(raise_unbounded)
 
     def contains(self, alpha: ArrayLike) -> Array:
         """Returns True for finite values."""
         return jnp.isfinite(as_float(alpha))
 
     is_interior = contains
-
-    def sample(self, key: Array, shape: Any = None, dtype: Any = None) -> NoReturn:
-        """Raises ValueError, because the space is unbounded."""
-        raise_unbounded(self)
-
-    @property
-    def unit_shape(self) -> NoReturn:
-        """Raises ValueError, because the space is unbounded."""
-        raise_unbounded(self)
 
 
 class Positive(eqx.Module):
@@ -47,6 +40,8 @@ class Positive(eqx.Module):
 
     requirement = "finite and above 0"
     project = identity
+    sample = raise_unbounded
+    unit_shape = property(raise_unbounded)
 
     def forward(self, u: ArrayLike) -> Array:
         """Returns ``exp(u)``."""
@@ -65,15 +60,6 @@ class Positive(eqx.Module):
         """Returns True for ``0 < alpha < inf``."""
         alpha = as_float(alpha)
         return (alpha > 0) & jnp.isfinite(alpha)
-
-    def sample(self, key: Array, shape: Any = None, dtype: Any = None) -> NoReturn:
-        """Raises ValueError, because the space is unbounded."""
-        raise_unbounded(self)
-
-    @property
-    def unit_shape(self) -> NoReturn:
-        """Raises ValueError, because the space is unbounded."""
-        raise_unbounded(self)
 
 
 class Interval(BoundedSpace):
@@ -235,13 +221,9 @@ class Simplex(BoundedSpace):
         alpha = _as_rows(alpha)
         return (alpha > 0) & _has_unit_sum(alpha)
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
-    ) -> Float[Array, "... n"]:
+    def sample(self, key: Array) -> Float[Array, "... n"]:
         """Returns rows of the distribution Dirichlet(1, ..., 1), which is uniform."""
-        shape = self.shape if shape is None else shape
-        ones = _as_rows(jnp.ones(shape, dtype))
-        return jax.random.dirichlet(key, ones, dtype=ones.dtype)
+        return jax.random.dirichlet(key, _as_rows(jnp.ones(self.shape)))
 
     @property
     def unit_shape(self) -> tuple[int, ...]:

@@ -78,13 +78,9 @@ class Integer(BoundedSpace):
 
     is_interior = contains
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
-    ) -> Array:
+    def sample(self, key: Array) -> Array:
         """Returns uniform samples."""
-        shape = self.shape if shape is None else shape
-        dtype = dtype or jnp.result_type(int)
-        return jax.random.randint(key, shape, self.low, self.high + 1, dtype)
+        return jax.random.randint(key, self.shape, self.low, self.high + 1)
 
     @property
     def num_values(self) -> int:
@@ -156,12 +152,9 @@ class Choice(BoundedSpace):
 
     is_interior = contains
 
-    def sample(
-        self, key: Array, shape: tuple[int, ...] | None = None, dtype: Any = None
-    ) -> Array:
+    def sample(self, key: Array) -> Array:
         """Returns uniform samples."""
-        shape = self.shape if shape is None else shape
-        return jax.random.choice(key, self._as_array(dtype), shape)
+        return jax.random.choice(key, self._as_array(), self.shape)
 
     @property
     def num_values(self) -> int:
@@ -182,10 +175,10 @@ class Choice(BoundedSpace):
         distances = jnp.where(is_value, -1.0, distances)
         return (jnp.argmin(distances, axis=0) + 0.5) / self.num_values
 
-    def _as_array(self, dtype: Any = None) -> Array:
-        """Returns the values; raises ValueError if the dtype cannot hold them."""
+    def _as_array(self) -> Array:
+        """Returns the values; raises ValueError if integers need more than 32 bits."""
         try:
-            return jnp.asarray(self.values, dtype)
+            return jnp.asarray(self.values)
         except OverflowError as error:
             raise ValueError(
                 f"values must be integers of 32 bits; got {self}. Let alpha be an "

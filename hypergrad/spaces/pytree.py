@@ -168,8 +168,7 @@ def _map(method: str, space: PyTree, tree: PyTree) -> PyTree:
 
 def _broadcast_prefix(space: PyTree, tree: PyTree) -> tuple[list[Any], list[Any], Any]:
     """Returns a space for each leaf of ``tree``, its leaves and its structure."""
-    leaf_spaces, prefix = jax.tree.flatten(space, is_leaf=_is_space)
-    _check_leaves(space)
+    leaf_spaces, prefix = flatten_space(space)
     leaves, structure = jax.tree.flatten(tree)
     try:
         subtrees = prefix.flatten_up_to(tree)
@@ -180,7 +179,7 @@ def _broadcast_prefix(space: PyTree, tree: PyTree) -> tuple[list[Any], list[Any]
             "a whole subtree."
         ) from None
     repeated = [
-        Real() if leaf is None else leaf
+        leaf
         for leaf, subtree in zip(leaf_spaces, subtrees, strict=True)
         for _ in jax.tree.leaves(subtree)
     ]

@@ -23,7 +23,7 @@ def gumbel_softmax(
     """Returns ``softmax((logits + g) / temperature)`` with Gumbel noise g.
 
     Args:
-      logits: Unnormalised log-probabilities, ``[..., n]``.
+      logits: Unnormalized log-probabilities, ``[..., n]``.
       key: PRNG key.
       temperature: Positive number. As it falls to 0, the rows become one-hot samples.
 
@@ -58,7 +58,7 @@ def straight_through(
     """Returns a one-hot sample whose derivative is the derivative of p.
 
     Args:
-      logits: Unnormalised log-probabilities, ``[..., n]``.
+      logits: Unnormalized log-probabilities, ``[..., n]``.
       key: PRNG key.
 
     Returns:
@@ -97,7 +97,7 @@ def score_function(
     Args:
       loss: Function of one-hot rows ``[..., n]`` that returns a scalar. It need not be
         differentiable in them.
-      logits: Unnormalised log-probabilities, ``[..., n]``; rows are independent.
+      logits: Unnormalized log-probabilities, ``[..., n]``; rows are independent.
       key: PRNG key.
       baseline: A number near the mean loss that does not depend on the sample. Defaults
         to 0.

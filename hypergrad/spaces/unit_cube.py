@@ -48,7 +48,7 @@ def axes(space: PyTree) -> list[Axis]:
     """
     return [
         Axis(getattr(leaf, "num_values", None), getattr(leaf, "ordered", True))
-        for leaf in _spaces_with_cube(space)
+        for leaf in _flatten_with_cube(space)[0]
         for _ in range(math.prod(leaf.unit_shape))
     ]
 
@@ -69,12 +69,11 @@ def from_unit(space: PyTree, t: Float[ArrayLike, " num_axes"]) -> PyTree:
     >>> round(float(from_unit({"rate": rate}, [0.5])["rate"]), 4)
     0.01
     """
-    leaf_spaces = _spaces_with_cube(space)
+    leaf_spaces, structure = _flatten_with_cube(space)
     t = jnp.asarray(t) if is_traced(t) else np.asarray(t)
     offsets = np.cumsum([math.prod(leaf.unit_shape) for leaf in leaf_spaces])
     if t.shape != (offsets[-1],):
         raise ValueError(f"t must have shape ({offsets[-1]},); got {t.shape}.")
-    _, structure = flatten_space(space)
     bounds = itertools.pairwise([0, *offsets.tolist()])
     leaves = [
         leaf.from_unit(t[slice(*pair)].reshape(leaf.unit_shape))
@@ -99,20 +98,19 @@ def to_unit(space: PyTree, alpha: PyTree) -> Float[Array, " num_axes"]:
     >>> to_unit([Choice(2), Unit()], [1, 0.25]).tolist()
     [0.75, 0.25]
     """
-    _, structure = flatten_space(space)
-    leaves = structure.flatten_up_to(alpha)
-    pairs = zip(_spaces_with_cube(space), leaves, strict=True)
+    leaf_spaces, structure = _flatten_with_cube(space)
+    pairs = zip(leaf_spaces, structure.flatten_up_to(alpha), strict=True)
     t = jnp.concatenate([jnp.ravel(leaf.to_unit(x)) for leaf, x in pairs])
     return jnp.clip(t, 0, 1)
 
 
-def _spaces_with_cube(space: PyTree) -> list[Any]:
-    """Returns the spaces of the leaves; raises TypeError for one without a cube.
+def _flatten_with_cube(space: PyTree) -> tuple[list[Any], Any]:
+    """Returns `flatten_space`; raises TypeError for a space without a cube.
 
     A space without leaves raises ValueError, and so does the ``unit_shape`` of an
     unbounded one.
     """
-    leaf_spaces, _ = flatten_space(space)
+    leaf_spaces, structure = flatten_space(space)
     if not leaf_spaces:
         raise ValueError(f"space must have at least one leaf; got {space!r}.")
     for leaf in leaf_spaces:
@@ -122,4 +120,4 @@ def _spaces_with_cube(space: PyTree) -> list[Any]:
                 "but Random and those that train populations; got "
                 f"{leaf}. Write them as in hg.spaces.Interval."
             )
-    return leaf_spaces
+    return leaf_spaces, structure

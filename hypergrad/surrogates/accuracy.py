@@ -34,7 +34,7 @@ def best_other_scores(
 
 
 def true_class_margins(examples: Examples, threshold: ArrayLike = 0.0) -> Vector:
-    """Returns by how much predictions are right, negative if they are wrong.
+    """Returns the margin of each prediction, negative if it is wrong.
 
     It is the signed distance to the threshold for two classes, else the score of the
     true class less the best other score.
@@ -224,7 +224,24 @@ class TopKAccuracy(Surrogate):
         return weighted_mean(correct, examples.weights)
 
 
-class SelectiveRisk(Surrogate):
+class _Selective(Surrogate):
+    """A metric of the examples that are answered."""
+
+    min_confidence: ArrayLike = eqx.field(
+        converter=non_negative("min_confidence", allow_array=True)
+    )
+    threshold: ArrayLike = 0.0
+
+    check_inputs = staticmethod(class_examples)
+    citations = ("elyaniv2010", "geifman2017")
+
+    def _spare_confidence(self, examples):
+        """Returns the confidence less the confidence that an answer needs."""
+        confidences = confidence(examples, self.threshold)
+        return subtract_threshold(confidences, self.min_confidence, "min_confidence")
+
+
+class SelectiveRisk(_Selective):
     """Error rate among the examples that are answered; lower is better.
 
         sum_i g_i e_i / sum_i g_i,   e_i = sigmoid(-m_i / T),
@@ -255,25 +272,17 @@ class SelectiveRisk(Surrogate):
     0.333
     """
 
-    min_confidence: ArrayLike = eqx.field(
-        converter=non_negative("min_confidence", allow_array=True)
-    )
-    threshold: ArrayLike = 0.0
-
-    check_inputs = staticmethod(class_examples)
-    citations = ("elyaniv2010", "geifman2017")
-
     def smooth_value(self, examples, temperature):
         """Returns ``sum_i g_i e_i / sum_i g_i``."""
         margins = true_class_margins(examples, self.threshold)
         errors = sigmoid_at(-margins, temperature)
-        is_answered = sigmoid_at(_spare_confidence(self, examples), temperature)
+        is_answered = sigmoid_at(self._spare_confidence(examples), temperature)
         return self._risk(errors, is_answered, examples.weights)
 
     def exact_value(self, examples):
         """Returns the fraction of wrong predictions among those that are answered."""
         errors = ~is_correct(examples, self.threshold)
-        is_answered = _spare_confidence(self, examples) >= 0
+        is_answered = self._spare_confidence(examples) >= 0
         dtype = examples.scores.dtype
         return self._risk(
             errors.astype(dtype), is_answered.astype(dtype), examples.weights
@@ -289,7 +298,7 @@ class SelectiveRisk(Surrogate):
         return propagate_nan(risk, weights)
 
 
-class Coverage(Surrogate):
+class Coverage(_Selective):
     """Fraction of the examples that are answered; higher is better.
 
         mean_i sigmoid((c_i - min_confidence) / T)
@@ -309,29 +318,13 @@ class Coverage(Surrogate):
     0.75
     """
 
-    min_confidence: ArrayLike = eqx.field(
-        converter=non_negative("min_confidence", allow_array=True)
-    )
-    threshold: ArrayLike = 0.0
-
-    check_inputs = staticmethod(class_examples)
-    citations = ("elyaniv2010", "geifman2017")
-
     def smooth_value(self, examples, temperature):
         """Returns ``mean_i sigmoid((c_i - min_confidence) / T)``."""
-        is_answered = sigmoid_at(_spare_confidence(self, examples), temperature)
+        is_answered = sigmoid_at(self._spare_confidence(examples), temperature)
         return weighted_mean(is_answered, examples.weights)
 
     def exact_value(self, examples):
         """Returns the fraction of examples with enough confidence."""
-        is_answered = _spare_confidence(self, examples) >= 0
+        is_answered = self._spare_confidence(examples) >= 0
         dtype = examples.scores.dtype
         return weighted_mean(is_answered.astype(dtype), examples.weights)
-
-
-def _spare_confidence(
-    surrogate: SelectiveRisk | Coverage, examples: Examples
-) -> Vector:
-    """Returns the confidence less the confidence that an answer needs."""
-    confidences = confidence(examples, surrogate.threshold)
-    return subtract_threshold(confidences, surrogate.min_confidence, "min_confidence")

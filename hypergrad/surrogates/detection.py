@@ -213,13 +213,11 @@ class DetectionAP(RankingSurrogate):
             )
         return Detections(rows.scores, rows.targets, rows.weights, rows.mask, num_true)
 
-    def smooth_value(self, rows, temperature):
-        """Returns the mean over the rankings with true boxes."""
-        return _mean_over_classes(self.smooth_rows(rows, temperature), rows)
-
-    def exact_value(self, rows):
-        """Returns the mean over the rankings with true boxes."""
-        return _mean_over_classes(self.exact_rows(rows), rows)
+    def mean_over_rows(self, values, rows):
+        """Returns the mean over the rankings with true boxes, NaN if a value is NaN."""
+        values = propagate_nan(values, rows.scores)
+        has_true_box = (rows.num_true > 0) | jnp.isnan(values)
+        return weighted_mean(values, has_true_box.astype(values.dtype))
 
     @rowwise
     def smooth_rows(self, row, temperature):
@@ -273,10 +271,3 @@ def _rounding_error_of_sum(matches: Vector) -> Scalar:
     is_whole = jnp.all(matches == jnp.round(matches))
     eps = float(jnp.finfo(matches.dtype).eps)
     return jnp.where(is_whole, 0, 4 * math.log2(1 + matches.size) * eps)
-
-
-def _mean_over_classes(values: Float[Array, " r"], rows: Detections) -> Scalar:
-    """Returns the mean over the rankings with true boxes, NaN if a value is NaN."""
-    values = propagate_nan(values, rows.scores)
-    has_true_box = (rows.num_true > 0) | jnp.isnan(values)
-    return weighted_mean(values, has_true_box.astype(values.dtype))

@@ -28,14 +28,6 @@ from .inputs import (
 AVERAGES = ("macro", "micro")
 
 
-class Counts(eqx.Module):
-    """Weighted counts [L], one per class or label; [1] for two classes or 'micro'."""
-
-    true_positives: Float[Array, " L"]
-    predicted: Float[Array, " L"]
-    actual: Float[Array, " L"]
-
-
 class CountRatio(Surrogate):
     """A ratio of counts, of which a subclass writes `ratio`.
 
@@ -74,8 +66,14 @@ class CountRatio(Surrogate):
             )
 
     @abstractmethod
-    def ratio(self, counts: Counts, /) -> tuple[Array, Array]:
-        """Returns numerator and denominator of the metric, [L]."""
+    def ratio(
+        self, true_positives: Array, predicted: Array, actual: Array
+    ) -> tuple[Array, Array]:
+        """Returns numerator and denominator of the metric from weighted counts.
+
+        All have shape [L], with an entry per class or label, or [1] for two classes or
+        'micro'.
+        """
         ...
 
     def check_inputs(self, scores, targets, where, weights):
@@ -112,8 +110,8 @@ class CountRatio(Surrogate):
         # Columns are classes or labels; 'micro' sums over them too.
         axis = 0 if self.average == "macro" else None
         count = lambda x: jnp.atleast_1d(jnp.sum(weights[:, None] * x, axis=axis))
-        counts = Counts(count(predicted * actual), count(predicted), count(actual))
-        ratios = safe_divide(*self.ratio(counts), negligible_weight(weights))
+        ratio = self.ratio(count(predicted * actual), count(predicted), count(actual))
+        ratios = safe_divide(*ratio, negligible_weight(weights))
         return propagate_nan(jnp.mean(ratios), weights)
 
 
@@ -149,12 +147,11 @@ class FBeta(CountRatio):
 
     beta: ArrayLike = eqx.field(default=1.0, converter=non_negative("beta"))
 
-    def ratio(self, counts):
+    def ratio(self, true_positives, predicted, actual):
         """Returns ``tp`` and ``(beta^2 actual + predicted) / (1 + beta^2)``."""
         # The square of a large beta is infinite.
-        fraction = 1 / (1 + jnp.asarray(self.beta, counts.actual.dtype) ** 2)
-        mean_count = (1 - fraction) * counts.actual + fraction * counts.predicted
-        return counts.true_positives, mean_count
+        fraction = 1 / (1 + jnp.asarray(self.beta, actual.dtype) ** 2)
+        return true_positives, (1 - fraction) * actual + fraction * predicted
 
 
 class Precision(CountRatio):
@@ -168,9 +165,9 @@ class Precision(CountRatio):
     0.667
     """
 
-    def ratio(self, counts):
+    def ratio(self, true_positives, predicted, actual):
         """Returns ``tp`` and ``predicted``."""
-        return counts.true_positives, counts.predicted
+        return true_positives, predicted
 
 
 class Recall(CountRatio):
@@ -184,6 +181,6 @@ class Recall(CountRatio):
     0.667
     """
 
-    def ratio(self, counts):
+    def ratio(self, true_positives, predicted, actual):
         """Returns ``tp`` and ``actual``."""
-        return counts.true_positives, counts.actual
+        return true_positives, actual

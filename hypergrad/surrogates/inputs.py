@@ -80,7 +80,9 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
     """Returns scores, gains of at least 0, mask and weights, all of one shape."""
     scores = _float_scores(scores)
     targets = _targets_like(scores, targets)
-    mask, weights, counted = _count_examples(where, weights, scores.shape, scores.dtype)
+    mask, weights, counted = _mask_and_weights(
+        where, weights, scores.shape, scores.dtype
+    )
     is_valid = _valid_values(
         "targets", targets, counted, lambda x: x >= 0, "gains of at least 0"
     )
@@ -110,7 +112,7 @@ def multiclass_examples(scores, targets, where=None, weights=None) -> Examples:
         )
     if jnp.iinfo(targets.dtype).bits < 32:  # which may not hold the number of classes
         targets = targets.astype(jnp.int32)
-    mask, weights, counted = _count_examples(
+    mask, weights, counted = _mask_and_weights(
         where, weights, targets.shape, scores.dtype
     )
     is_class = lambda x: (x >= 0) & (x < num_classes)
@@ -192,7 +194,7 @@ def _targets_like(scores: Array, targets: ArrayLike) -> Array:
     return targets
 
 
-def _count_examples(
+def _mask_and_weights(
     where: ArrayLike | None, weights: ArrayLike | None, shape: tuple, dtype: Any
 ) -> tuple[Array, Array, ArrayLike | None]:
     """Returns which examples count, and how much.
@@ -223,7 +225,7 @@ def _count_examples(
 def _binary_targets(scores: Array, targets, where, weights, shape: tuple) -> Examples:
     """Returns examples of that shape with one target of 0 or 1 per score."""
     targets = _targets_like(scores, targets)
-    mask, weights, counted = _count_examples(where, weights, shape, scores.dtype)
+    mask, weights, counted = _mask_and_weights(where, weights, shape, scores.dtype)
     is_binary = lambda x: (x == 0) | (x == 1)
     remedy = " For labels of -1 and 1 pass targets > 0."
     is_valid = _valid_values("targets", targets, counted, is_binary, "0 or 1", remedy)

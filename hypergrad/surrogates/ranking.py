@@ -57,11 +57,22 @@ class RankingSurrogate(Surrogate):
 
     def smooth_value(self, rows, temperature):
         """Returns the mean of the smooth metric over the rankings."""
-        return mean_over_rows(self.smooth_rows(rows, temperature), rows)
+        return self.mean_over_rows(self.smooth_rows(rows, temperature), rows)
 
     def exact_value(self, rows):
         """Returns the mean of the exact metric over the rankings."""
-        return mean_over_rows(self.exact_rows(rows), rows)
+        return self.mean_over_rows(self.exact_rows(rows), rows)
+
+    def mean_over_rows(self, values: Float[Array, " r"], rows: Any) -> Scalar:
+        """Returns the mean over the rankings in which any item counts.
+
+        An item of weight 0 counts as little as one that is masked out.
+        """
+        # Not > 0, so that a ranking with an invalid item, of weight NaN, counts.
+        weights = without_derivative(rows.weights)
+        has_item = jnp.any(rows.mask & (weights != 0), axis=1)
+        values = propagate_nan(values, rows.scores)
+        return weighted_mean(values, has_item.astype(values.dtype))
 
 
 def rowwise(method: Callable[..., Array]) -> Callable[..., Array]:
@@ -103,18 +114,6 @@ def ranking_rows(
     examples = check(scores, targets, broadcast_items(where), broadcast_items(weights))
     as_rows = lambda x: jnp.moveaxis(x, axis, -1).reshape(-1, shape[axis])
     return jax.tree.map(as_rows, examples)
-
-
-def mean_over_rows(values: Float[Array, " r"], rows: Examples) -> Scalar:
-    """Returns the mean over the rankings in which any item counts.
-
-    An item of weight 0 counts as little as one that is masked out.
-    """
-    # Not > 0, so that a ranking with an invalid item, of weight NaN, counts.
-    weights = without_derivative(rows.weights)
-    has_item = jnp.any(rows.mask & (weights != 0), axis=1)
-    values = propagate_nan(values, rows.scores)
-    return weighted_mean(values, has_item.astype(values.dtype))
 
 
 def map_row_batches(

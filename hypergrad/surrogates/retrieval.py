@@ -21,7 +21,16 @@ from .ranking import RankingSurrogate, ranking_rows, rowwise, totals_at_threshol
 MAX_STEPS = 100  # of the search for a threshold, which usually stops earlier
 
 
-class RecallAtK(RankingSurrogate):
+class _TopK(RankingSurrogate):
+    """A metric of the first ``k`` ranks."""
+
+    k: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_positive_int("k", self.k)
+
+
+class RecallAtK(_TopK):
     """Fraction of the positives that are among the top k; higher is better.
 
         sum_i y_i p_i / sum_i y_i,    p_i = sigmoid((s_i - c) / T)
@@ -51,12 +60,7 @@ class RecallAtK(RankingSurrogate):
     0.5
     """
 
-    k: int = eqx.field(static=True)
-
     citations = ("amos2019",)
-
-    def __check_init__(self):
-        check_positive_int("k", self.k)
 
     @rowwise
     def smooth_rows(self, row, temperature):
@@ -71,7 +75,7 @@ class RecallAtK(RankingSurrogate):
         return safe_divide(gain, jnp.sum(row.positive_weights))
 
 
-class PrecisionAtK(RankingSurrogate):
+class PrecisionAtK(_TopK):
     """Fraction of positives among the top k; higher is better.
 
         sum_i y_i p_i / k,    with the memberships p of `RecallAtK`
@@ -88,12 +92,7 @@ class PrecisionAtK(RankingSurrogate):
     0.667
     """
 
-    k: int = eqx.field(static=True)
-
     citations = ("amos2019",)
-
-    def __check_init__(self):
-        check_positive_int("k", self.k)
 
     @rowwise
     def smooth_rows(self, row, temperature):
@@ -106,7 +105,7 @@ class PrecisionAtK(RankingSurrogate):
         return exact_top_gains(row, jnp.array([self.k]))[0] / self.k
 
 
-class NDCG(RankingSurrogate):
+class NDCG(_TopK):
     """Normalized discounted cumulative gain at k; higher is better.
 
         sum_r (T(r) - T(r - 1)) / log2(1 + r)    over the ranks r = 1..k,
@@ -132,12 +131,7 @@ class NDCG(RankingSurrogate):
     (0.420, 0.420)
     """
 
-    k: int = eqx.field(static=True)
-
     citations = ("jarvelin2002", "mcsherry2008", "amos2019")
-
-    def __check_init__(self):
-        check_positive_int("k", self.k)
 
     def check_inputs(self, scores, targets, where, weights):
         """Returns rankings with gains of at least 0."""

@@ -68,8 +68,7 @@ def temperature_from_scores(
     Returns:
       A scalar above 0 in the dtype of the scores, without a derivative. It is 1 if all
       differences are 0, and at least ``gap / 5`` times the median of ``|d|``, or with a
-      threshold and targets ``2 r gap / 5`` times the median. The mean is larger if tiny
-      differences make this bound active.
+      threshold and targets ``2 r gap / 5`` times it. The mean is larger at this bound.
 
     Compute the temperature once, outside of the outer loss, keep it in the outer data,
     and lower it by ``outer_data_fn`` of `OuterLoop`. Within the loss it would move with
@@ -94,24 +93,14 @@ def temperature_from_scores(
     """
     check_in_interval("gap", gap, 0.1)
     if threshold is None:
-        differences, weights = _score_differences(scores, targets, where, weights)
+        subtract = _class_differences if np.ndim(scores) == 2 else _pair_differences
+        differences, weights = subtract(scores, targets, where, weights)
     else:
         differences, weights, gap = _threshold_differences(
             scores, targets, threshold, gap, where, weights
         )
     system = (jnp.abs(differences), weights, jnp.asarray(gap, differences.dtype))
     return _solve_temperature(*jax.lax.stop_gradient(system))
-
-
-def _score_differences(
-    scores: ArrayLike,
-    targets: ArrayLike | None,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
-    """Returns the differences of pairs of scores, or of classes, and their weights."""
-    find_differences = _class_differences if np.ndim(scores) == 2 else _pair_differences
-    return find_differences(scores, targets, where, weights)
 
 
 def _solve_temperature(

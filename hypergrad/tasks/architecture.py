@@ -24,25 +24,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .. import datasets, spaces
+from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
 from ..recording import Metric
 from ..validation import as_key
 from .classifier import (
-    as_arrays,
-    check_data,
     check_scale,
     check_square,
+    load_data,
     losses,
     mask_held_out,
     random_order,
 )
 from .networks import extract_patches
-from .task import Task, as_sizes, check_choice, check_finite, has_held_out
+from .task import (
+    Task,
+    as_sizes,
+    check_choice,
+    check_finite,
+    has_held_out,
+    loss_metric,
+)
 
 NUM_CLASSES = 10
 EDGES = ((0, 1), (0, 2), (1, 2))
@@ -197,12 +203,6 @@ def accuracy(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
     return jnp.mean(predicted == batch["y"])
 
 
-def held_out_loss(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Returns `val_loss` of examples, as a metric."""
-    del key
-    return val_loss(w, alpha, batch)
-
-
 def make_metrics(
     splits: PyTree, val: PyTree, hold_out: Array | bool
 ) -> dict[str, Metric]:
@@ -225,7 +225,7 @@ def make_metrics(
         held_out = jax.tree.map(lambda leaf: leaf[num_val - num_val // 3 :], val)
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, held_out),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, held_out),
+            "held_out_loss": loss_metric(val_loss, held_out),
         }
     return metrics
 
@@ -233,11 +233,6 @@ def make_metrics(
 def one_hot(cell: Sequence[int] | Array) -> Float[Array, "3 5"]:
     """Returns the ``alpha`` that selects the operations of a cell."""
     return jax.nn.one_hot(jnp.asarray(cell), len(OPERATIONS))
-
-
-def most_likely_cell(alpha: Float[Array, "3 5"]) -> Int[Array, " 3"]:
-    """Returns the cell with the largest mixing weight on each edge."""
-    return jnp.argmax(alpha, axis=-1)
 
 
 def split(data: PyTree, key: Array, sizes: tuple[int, int]) -> dict[str, PyTree]:
@@ -280,7 +275,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     price: float | Array = 0.0,
     hold_out: bool | Array = False,
     split_key: Array | None = None,
@@ -298,7 +292,6 @@ def make(
       scale: 'small', or 'paper' for 25,000 training and 25,000 validation images and 16
         channels, which needs gray images as ``data``. DARTS itself uses CIFAR-10, cells
         of 14 edges and eight operations.
-      data_dir: Ignored, because scikit-learn contains the digits.
       price: Price of the operations of the largest cell, in nats.
       hold_out: Whether the last third of the validation images is excluded from the
         outer loss, for choosing settings by the metrics ``held_out_accuracy`` and
@@ -323,16 +316,13 @@ def make(
     (3, 5)
     """
     key = as_key(key)
-    del data_dir
     check_choice("scale", scale, tuple(SIZES))
     check_finite(price=price)
     num_train, num_val, channels = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)
-    data = datasets.load("digits") if data is None else data
-    check_data(data, num_needed, NUM_CLASSES)
+    data = load_data(data, "digits", num_needed, NUM_CLASSES)
     check_square(data["x"], even=True)
-    data = as_arrays(data)
     split_key = jax.random.key(0) if split_key is None else split_key
     splits = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
@@ -340,9 +330,7 @@ def make(
     used = mask_held_out(val, hold_out)
     shape = (len(EDGES), len(OPERATIONS))
     return Task(
-        name="architecture",
         paradigm="supervised",
-        source="Liu, Simonyan & Yang 2019 (arXiv 1806.09055), section 2",
         problem=Bilevel(
             train_loss,
             val_loss,

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets, spaces
+from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
@@ -35,16 +35,22 @@ from ..trees import without_derivative
 from ..validation import as_key
 from . import classifier
 from .classifier import (
-    as_arrays,
-    check_data,
     check_scale,
     check_square,
     held_out_examples,
+    load_data,
     losses,
     mask_held_out,
     random_order,
 )
-from .task import Task, as_sizes, check_at_least_zero, check_choice, has_held_out
+from .task import (
+    Task,
+    as_sizes,
+    check_at_least_zero,
+    check_choice,
+    has_held_out,
+    loss_metric,
+)
 
 NUM_CLASSES = 10
 OPERATIONS = (
@@ -159,12 +165,6 @@ val_loss = classifier.bind_score_fn(classifier.val_loss, scores)
 accuracy = classifier.bind_score_fn(classifier.accuracy, scores)
 
 
-def held_out_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Returns `val_loss` of examples, as a metric."""
-    del key
-    return val_loss(w, alpha, batch)
-
-
 def train_loss(w: PyTree, alpha: PyTree, batch: tuple[PyTree, Array]) -> Array:
     """Returns the cross-entropy of transformed images plus an L2 penalty."""
     examples, key = batch
@@ -238,7 +238,7 @@ def make_metrics(splits: PyTree, hold_out: Array | bool) -> dict[str, Metric]:
     if has_held_out(hold_out, num_val // 4, num_val):
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+            "held_out_loss": loss_metric(val_loss, splits["held_out"]),
         }
     return metrics
 
@@ -247,7 +247,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
     data: PyTree = None,
@@ -264,7 +263,6 @@ def make(
       key: PRNG key of the split, the poses and the initial network.
       scale: 'small', or 'paper' for 4,000 training images (as in the reduced CIFAR-10
         of DADA) and 1,000 validation images, which needs gray images as ``data``.
-      data_dir: Ignored, because scikit-learn contains the digits.
       penalty: Factor of the inner L2 penalty.
       hold_out: Whether a quarter of the validation images is excluded from the outer
         loss, for choosing settings by the metrics ``held_out_accuracy`` and
@@ -286,16 +284,13 @@ def make(
     (7,)
     """
     key = as_key(key)
-    del data_dir
     check_choice("scale", scale, tuple(SIZES))
     check_at_least_zero(penalty=penalty)
     num_train, num_val, num_hidden = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1
     check_scale(scale, data, num_needed)
-    data = datasets.load("digits") if data is None else data
-    check_data(data, num_needed, NUM_CLASSES)
+    data = load_data(data, "digits", num_needed, NUM_CLASSES)
     check_square(data["x"])
-    data = as_arrays(data)
     split_key, network_key = jax.random.split(key)
     splits = split(data, split_key, (num_train, num_val), hold_out)
     dtype = data["x"].dtype
@@ -303,9 +298,7 @@ def make(
     train = Batches(splits["train"] | {"penalty": penalties}, with_key=True)
     shape = (len(OPERATIONS),)
     return Task(
-        name="augmentation",
         paradigm="supervised",
-        source="Li et al. 2020 (arXiv 2003.03780), section 3",
         problem=Bilevel(train_loss, val_loss, train, splits["val"]),
         solver=SOLVER,
         w=init_network(network_key, data["x"].shape[1], num_hidden),

@@ -19,7 +19,7 @@ from ..batches import Batches
 from ..problem import Bilevel
 from ..trees import without_derivative
 from . import mlp
-from .semi_gradient import SOURCE, SemiGradient
+from .semi_gradient import SemiGradient
 from .task import Task
 
 # Physical constants of Gymnasium's CartPole-v1.
@@ -220,9 +220,7 @@ def make_cartpole(
     actor_key, critic_key = jax.random.split(key)
     keys = Batches(None, with_key=True)
     return Task(
-        name="reinforcement",
         paradigm="reinforcement",
-        source=SOURCE,
         problem=Bilevel(losses.inner_loss, losses.outer_loss, keys, keys),
         solver=solver,
         w={

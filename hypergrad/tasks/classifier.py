@@ -17,9 +17,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
+from .. import datasets
 from ..recording import Metric
 from ..validation import is_traced
-from .task import check_choice, has_held_out
+from .task import check_choice, has_held_out, loss_metric
 
 ScoreFn = Callable[[PyTree, Array], Array]
 
@@ -236,14 +237,6 @@ def accuracy(
     return weighted_mean(predicted == batch["y"], batch["use"])
 
 
-def loss_metric(
-    score_fn: ScoreFn, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
-) -> Array:
-    """Returns the mean cross-entropy, as a metric."""
-    del key
-    return val_loss(score_fn, w, alpha, batch)
-
-
 def make_metrics(
     score_fn: ScoreFn, test: PyTree, val: PyTree, hold_out: Array | bool
 ) -> dict[str, Metric]:
@@ -259,17 +252,42 @@ def make_metrics(
     examples, num_val = {"test": test}, len(val["y"])
     if has_held_out(hold_out, num_val // 3, num_val) and not is_traced(hold_out):
         examples["held_out"] = held_out_examples(val)
-    functions = {"accuracy": accuracy, "loss": loss_metric}
-    return {
-        f"{split_name}_{name}": jax.tree_util.Partial(
-            bind_score_fn(function, score_fn), batch
-        )
-        for split_name, batch in examples.items()
-        for name, function in functions.items()
-    }
+    accuracy_fn = bind_score_fn(accuracy, score_fn)
+    loss = bind_score_fn(val_loss, score_fn)
+    metrics: dict[str, Metric] = {}
+    for split_name, batch in examples.items():
+        metrics |= {
+            f"{split_name}_accuracy": jax.tree_util.Partial(accuracy_fn, batch),
+            f"{split_name}_loss": loss_metric(loss, batch),
+        }
+    return metrics
 
 
 # Data.
+
+
+def load_data(
+    data: Any,
+    name: str,
+    min_examples: int,
+    num_classes: int = 10,
+    data_dir: str | None = None,
+) -> dict[str, Array]:
+    """Returns the arrays of the data of the user, or of a data set.
+
+    Args:
+      data: Data passed by the user, or None.
+      name: Name of the data set that is used if ``data`` is None.
+      min_examples, num_classes: As for `check_data`.
+      data_dir: Folder of the data set; see `hypergrad.datasets.load`.
+
+    Raises:
+      FileNotFoundError: The data set is not found.
+      TypeError, ValueError: As for `check_data`.
+    """
+    data = datasets.load(name, data_dir) if data is None else data
+    check_data(data, min_examples, num_classes)
+    return as_arrays(data)
 
 
 def as_arrays(

@@ -15,16 +15,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .. import datasets, spaces
+from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from . import classifier
 from .classifier import (
-    as_arrays,
-    check_data,
     held_out_examples,
+    load_data,
     losses,
     mask_held_out,
     random_order,
@@ -36,6 +35,7 @@ from .task import (
     check_choice,
     check_finite,
     has_held_out,
+    loss_metric,
 )
 
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1000, 150, 10
@@ -65,12 +65,6 @@ def minibatch_val_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
     """Returns an unbiased estimate of `val_loss`; the mean of all ``use`` must be 1."""
     del alpha
     return jnp.mean(batch["use"] * losses(softmax_regression, w, batch))
-
-
-def held_out_loss(batch: PyTree, w: PyTree, alpha: Array, key: Array) -> Array:
-    """Returns `val_loss` of examples, as a metric."""
-    del key
-    return val_loss(w, alpha, batch)
 
 
 def f1_of_wrong_labels(
@@ -127,7 +121,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
     corruption: Array | float = CORRUPTION,
@@ -141,7 +134,6 @@ def make(
     Args:
       key: PRNG key of the split and of the wrong labels.
       scale: 'small', the only scale.
-      data_dir: Ignored, because scikit-learn contains the digits.
       penalty: Factor of the inner L2 penalty.
       hold_out: Whether 50 validation examples are excluded from the outer loss, for
         choosing settings by the metrics ``held_out_accuracy`` and ``held_out_loss``. If
@@ -159,7 +151,6 @@ def make(
         examples or other labels.
     """
     key = as_key(key)
-    del data_dir
     check_choice("scale", scale, ("small",))
     check_at_least_zero(penalty=penalty)
     check_finite(corruption=corruption)
@@ -168,9 +159,7 @@ def make(
             f"corruption must be in [0, 1]; got {corruption}. Pass the probability of "
             "a wrong label."
         )
-    data = datasets.load("digits") if data is None else data
-    check_data(data, NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
-    data = as_arrays(data)
+    data = load_data(data, "digits", NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
     splits = split(data, key, hold_out, corruption)
     train = {"x": splits["train"]["x"], "y": splits["train"]["y"]}
     train |= {"penalty": jnp.asarray(penalty, train["x"].dtype)}
@@ -185,12 +174,10 @@ def make(
     if has_held_out(hold_out, NUM_HELD_OUT, NUM_VAL):
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+            "held_out_loss": loss_metric(val_loss, splits["held_out"]),
         }
     return Task(
-        name="cleaning",
         paradigm="supervised",
-        source="Franceschi et al. 2017 (arXiv 1703.01785), section 5.1",
         problem=problem,
         solver=SOLVER,
         w={"W": jnp.zeros((num_features, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)},

@@ -27,13 +27,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets as datasets
 from .. import spaces
 from ..problem import Bilevel
+from ..recording import Metric
 from ..validation import as_key, is_traced
-from .classifier import as_arrays, check_data, random_order, weighted_mean
+from .classifier import load_data, random_order, weighted_mean
 from .federated_averaging import FedAvg, LocalImplicit
-from .task import Task, check_choice, has_held_out, sizes_of
+from .task import Task, check_choice, has_held_out, loss_metric, sizes_of
 
 __all__ = ["FedAvg", "LocalImplicit", "make"]
 
@@ -84,12 +84,6 @@ def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
     is_correct = jnp.argmax(scores(w, batch["x"]), axis=-1) == batch["y"]
     labels = jax.nn.one_hot(batch["y"], NUM_CLASSES)
     return jnp.mean(is_correct.astype(labels.dtype) @ labels / jnp.sum(labels, axis=0))
-
-
-def held_out_loss(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Returns the cross-entropy of the held-out examples."""
-    del key
-    return val_loss(w, alpha, batch)
 
 
 def split(
@@ -240,16 +234,14 @@ def split_among_clients(
 
 SCALES: dict[str, dict[str, Any]] = {
     "small": {
-        **{"num_clients": 10, "max_per_class": 100, "val_per_class": 20},
-        **{"imbalance": 20.0, "num_rounds": 5},
-        **{"num_local_steps": 5, "step_size": 0.2},
+        "num_clients": 10, "max_per_class": 100, "val_per_class": 20,
+        "imbalance": 20.0, "num_rounds": 5, "num_local_steps": 5, "step_size": 0.2,
     },
     "paper": {
-        **{"num_clients": 100, "max_per_class": 4000, "val_per_class": 500},
-        **{"imbalance": 100.0, "num_rounds": 20},
-        **{"num_local_steps": 5, "step_size": 0.1},
+        "num_clients": 100, "max_per_class": 4000, "val_per_class": 500,
+        "imbalance": 100.0, "num_rounds": 20, "num_local_steps": 5, "step_size": 0.1,
     },
-}
+}  # fmt: skip
 
 
 def make(
@@ -291,10 +283,8 @@ def make(
     key = as_key(key)
     check_choice("scale", scale, SCALES)
     chosen = sizes_of("federated", SCALES[scale], sizes)
-    if data is None:
-        data = datasets.load("digits" if scale == "small" else "mnist", data_dir)
-    check_data(data, 1, NUM_CLASSES)
-    data = as_arrays(data)
+    data_name = "digits" if scale == "small" else "mnist"
+    data = load_data(data, data_name, 1, NUM_CLASSES, data_dir)
     check_concrete(key, data, hold_out)
     check_classes(data, chosen["val_per_class"] + chosen["max_per_class"])
     splits = split(data, key, chosen, iid, hold_out)
@@ -303,13 +293,13 @@ def make(
     interval = lambda low, high, log=False: spaces.Interval(
         low, high, log=log, shape=(NUM_CLASSES,)
     )
-    metrics = {"accuracy": jax.tree_util.Partial(accuracy, splits["test"])}
+    metrics: dict[str, Metric] = {
+        "accuracy": jax.tree_util.Partial(accuracy, splits["test"])
+    }
     if has_held_out(hold_out, num_val // 4, num_val):
-        metrics["held_loss"] = jax.tree_util.Partial(held_out_loss, splits["held_out"])
+        metrics["held_loss"] = loss_metric(val_loss, splits["held_out"])
     return Task(
-        name="federated",
         paradigm="federated",
-        source="Tarzanagh et al. 2022 (arXiv 2205.02215)",
         problem=Bilevel(train_loss, val_loss, splits["train"], splits["val"]),
         solver=FedAvg(
             chosen["step_size"],

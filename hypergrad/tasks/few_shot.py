@@ -41,8 +41,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import ClosedForm, Descent
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
@@ -65,11 +64,6 @@ PENALTY = 2.0
 SOLVERS = {
     "maml": Descent(optax.sgd(0.4), 5),
     "imaml": Descent(optax.sgd(0.2), 16),
-}
-SOURCES = {
-    "maml": "Finn et al. 2017 (arXiv 1703.03400)",
-    "imaml": "Rajeswaran et al. 2019 (arXiv 1909.04630)",
-    "ridge": "Bertinetto et al. 2019 (arXiv 1805.08136)",
 }
 
 
@@ -396,7 +390,7 @@ def make(
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
-    check_choice("variant", variant, SOURCES)
+    check_choice("variant", variant, LOSSES)
     check_choice("num_turns", num_turns, SPLIT_TENTHS)
     num_tasks = {"small": 4, "paper": 32}[scale] if num_tasks is None else num_tasks
     check_counts(num_ways=num_ways, num_shots=num_shots, num_tasks=num_tasks)
@@ -430,9 +424,7 @@ def make(
 
     val, test = make_problem("val"), make_problem("test")
     return Task(
-        name="few_shot",
         paradigm="few-shot",
-        source=SOURCES[variant],
         problem=make_problem("train"),
         solver=solver,
         w=w,

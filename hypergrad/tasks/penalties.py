@@ -23,17 +23,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets, spaces
+from .. import spaces
 from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from .classifier import (
     ScoreFn,
-    as_arrays,
     bind_score_fn,
-    check_data,
     check_square,
     cross_entropy,
+    load_data,
     make_metrics,
     make_score_fn,
     mask_held_out,
@@ -100,11 +99,11 @@ def cnn(num_features: int, num_outputs: int, rngs: nnx.Rngs) -> nnx.Module:
     return CNN(round(num_features**0.5), 4, num_outputs, rngs)
 
 
-TUMOURS = (200, 150, 219)
+TUMORS = (200, 150, 219)
 DIGITS, MNIST = (200, 400, 1197), (10_000, 10_000, 10_000)
 VARIANTS = {
-    "hoag": Variant(linear, "breast_cancer", TUMOURS, TUMOURS, granularity="model"),
-    "logistic": Variant(linear, "breast_cancer", TUMOURS, TUMOURS),
+    "hoag": Variant(linear, "breast_cancer", TUMORS, TUMORS, granularity="model"),
+    "logistic": Variant(linear, "breast_cancer", TUMORS, TUMORS),
     "softmax": Variant(linear, "digits", DIGITS, MNIST),
     "mlp": Variant(mlp, "digits", DIGITS, MNIST),
     "cnn": Variant(cnn, "digits", DIGITS, MNIST),
@@ -225,13 +224,12 @@ def make(
     check_choice("granularity", granularity, (None, "model", "feature", "parameter"))
     check_log_penalty(init_log_penalty)
     config, data_name = VARIANTS[variant], dataset_name(variant, scale)
-    data = datasets.load(data_name, data_dir) if data is None else data
     sizes = config.small if scale == "small" else config.paper
     num_outputs = 1 if data_name == "breast_cancer" else 10
-    check_data(data, sizes[0] + sizes[1] + 1, max(num_outputs, 2))
+    num_needed, num_classes = sizes[0] + sizes[1] + 1, max(num_outputs, 2)
+    data = load_data(data, data_name, num_needed, num_classes, data_dir)
     if variant == "cnn":
         check_square(data["x"], min_side=MIN_SIDE)
-    data = as_arrays(data)
     split_key, init_key = jax.random.split(key)
     splits = split(data, split_key, sizes)
     if data_name == "breast_cancer":
@@ -242,9 +240,7 @@ def make(
     score_fn = make_score_fn(graph)
     alpha = log_penalties(w, granularity or config.granularity, init_log_penalty)
     return Task(
-        name="penalties",
         paradigm="supervised",
-        source="Pedregosa 2016 (arXiv 1602.02355); Lorraine et al. 2020 (1911.02590)",
         problem=Bilevel(
             bind_score_fn(train_loss, score_fn),
             bind_score_fn(val_loss, score_fn),

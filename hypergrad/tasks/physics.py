@@ -29,13 +29,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import LBFGS, Descent
 from ..problem import Bilevel
+from ..recording import Metric
 from ..validation import as_key, is_traced
 from . import mlp
-from .task import Task, check_choice, has_held_out, sizes_of
+from .task import Task, check_choice, has_held_out, loss_metric, sizes_of
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
@@ -129,14 +129,6 @@ def control_cost(w: PyTree, alpha: Float[Array, "2"], batch: PyTree) -> Array:
     return jnp.sum(batch["weight"] * error**2)
 
 
-def control_cost_on(
-    batch: PyTree, w: PyTree, alpha: Float[Array, "2"], key: Array
-) -> Array:
-    """Returns `control_cost` as a metric."""
-    del key
-    return control_cost(w, alpha, batch)
-
-
 def exact_control(alpha: Float[Array, "2"]) -> Float[Array, "2"]:
     """Returns the hypergradient in closed form for ``alpha = (t0, t1)``.
 
@@ -145,12 +137,6 @@ def exact_control(alpha: Float[Array, "2"]) -> Float[Array, "2"]:
     """
     t0, t1 = alpha
     return jnp.stack([2 * t0 + t1 - 1, t0 + 2 * t1 - 2]) / 3
-
-
-def misfit_on(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Returns `misfit` as a metric."""
-    del key
-    return misfit(w, alpha, batch)
 
 
 def relative_error(solution: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -186,24 +172,16 @@ def cole_hopf_grid() -> dict[str, np.ndarray]:
     return {"x": x, "t": t, "u": u}
 
 
-def burgers_reference(data_dir: str | None) -> tuple[str, dict[str, np.ndarray]]:
-    """Returns the source of the solution of Burgers' equation and the solution.
+def burgers_reference(data_dir: str | None) -> dict[str, np.ndarray]:
+    """Returns the solution ``{"x", "t", "u"}`` of Burgers' equation.
 
-    The solution ``{"x", "t", "u"}`` is the file in ``data_dir``. Without this file it
-    is computed by quadrature.
+    It is the file of Raissi et al. 2019 in ``data_dir``. Without this file it is
+    computed by quadrature.
     """
     try:
-        solution = datasets.load("burgers", data_dir)
-        return "Burgers' equation, the file of Raissi et al. 2019", solution
+        return datasets.load("burgers", data_dir)
     except FileNotFoundError:
-        return "Burgers' equation, by the quadrature of Cole and Hopf", cole_hopf_grid()
-
-
-def data_name(variant: str = "poisson", data_dir: str | None = None) -> str:
-    """Returns the name of the task's data."""
-    if variant == "burgers":
-        return burgers_reference(data_dir)[0]
-    return "simulated, with the exact solution"
+        return cole_hopf_grid()
 
 
 def even_points(num_points: int) -> Float[Array, "n 1"]:
@@ -233,7 +211,7 @@ def burgers_data(
     """
     keys = jax.random.split(key, 4)
     reference = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, float), burgers_reference(data_dir)[1]
+        lambda leaf: jnp.asarray(leaf, float), burgers_reference(data_dir)
     )
     grid = jnp.stack(jnp.meshgrid(reference["x"], reference["t"], indexing="ij"), -1)
     is_test = np.zeros(grid.shape[:2], bool)
@@ -292,15 +270,15 @@ def make_weights(
     train = {name: points[name] for name in ("collocation", "boundary")}
     train["data"] = train_sensors
     num_inputs = points["collocation"].shape[1]
-    metrics = {"relative_error": jax.tree_util.Partial(relative_error, points["test"])}
+    metrics: dict[str, Metric] = {
+        "relative_error": jax.tree_util.Partial(relative_error, points["test"])
+    }
     # The loss of no sensors, if a traced hold_out is False, would be NaN.
     if has_held_out(hold_out, -(-num_val // 3), num_val) and not is_traced(hold_out):
         held_out = val_sensors | {"use": 1 - val_sensors["use"]}
-        metrics["held_out_loss"] = jax.tree_util.Partial(misfit_on, held_out)
+        metrics["held_out_loss"] = loss_metric(misfit, held_out)
     return Task(
-        name="physics",
         paradigm="physics-informed",
-        source="McClenny & Braga-Neto 2023 (arXiv 2009.04544)",
         problem=Bilevel(loss, misfit, train, val_sensors),
         solver=SOLVER,
         w=mlp.init(net_key, (num_inputs, *sizes["hidden"], 1)),
@@ -323,15 +301,13 @@ def make_control(key: Array, sizes: dict[str, Any]) -> Task:
         lambda x: jnp.asarray(x, jnp.result_type(float)), quadrature
     )
     return Task(
-        name="physics",
         paradigm="physics-informed",
-        source="Hao et al. 2023 (arXiv 2209.07075)",
         problem=Bilevel(control_loss, control_cost, batch, quadrature),
         solver=LBFGS(max_steps=2000),
         w=mlp.init(key, (1, *sizes["hidden"], 1)),
         alpha=jnp.ones(2),
         space=spaces.Real(),
-        metrics={"tracking_error": jax.tree_util.Partial(control_cost_on, quadrature)},
+        metrics={"tracking_error": loss_metric(control_cost, quadrature)},
         exact=jax.tree_util.Partial(exact_control),
     )
 
@@ -339,29 +315,29 @@ def make_control(key: Array, sizes: dict[str, Any]) -> Task:
 SCALES: dict[str, dict[str, dict[str, Any]]] = {
     "poisson": {
         "small": {
-            **{"num_collocation": 64, "num_sensors": 20, "num_held_out": 40},
-            **{"noise": 0.01, "hidden": (20, 20)},
+            "num_collocation": 64, "num_sensors": 20, "num_held_out": 40,
+            "noise": 0.01, "hidden": (20, 20),
         },
         "paper": {
-            **{"num_collocation": 256, "num_sensors": 50, "num_held_out": 50},
-            **{"noise": 0.1, "hidden": (50,) * 4},
+            "num_collocation": 256, "num_sensors": 50, "num_held_out": 50,
+            "noise": 0.1, "hidden": (50,) * 4,
         },
     },
     "burgers": {
         "small": {
-            **{"num_collocation": 256, "num_boundary": 50, "num_sensors": 50},
-            **{"num_held_out": 40, "noise": 0.01, "hidden": (20, 20)},
+            "num_collocation": 256, "num_boundary": 50, "num_sensors": 50,
+            "num_held_out": 40, "noise": 0.01, "hidden": (20, 20),
         },
         "paper": {
-            **{"num_collocation": 10_000, "num_boundary": 100, "num_sensors": 100},
-            **{"num_held_out": 100, "noise": 0.1, "hidden": (20,) * 8},
+            "num_collocation": 10_000, "num_boundary": 100, "num_sensors": 100,
+            "num_held_out": 100, "noise": 0.1, "hidden": (20,) * 8,
         },
     },
     "control": {
         "small": {"num_collocation": 16, "hidden": (8,)},
         "paper": {"num_collocation": 64, "hidden": (50,) * 4},
     },
-}
+}  # fmt: skip
 
 
 def make(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from .. import spaces
 from ..inner import Newton
 from ..problem import Bilevel
-from .semi_gradient import SOURCE, SemiGradient
+from .semi_gradient import SemiGradient
 from .task import Task
 
 NUM_STATES = 19
@@ -142,9 +142,7 @@ def make_mrp(key: Array, num_train: int, num_val: int, horizon: int) -> Task:
     P, r = true_model()
     true_values = jnp.linalg.solve(jnp.eye(NUM_STATES) - P, r)
     return Task(
-        name="reinforcement",
         paradigm="reinforcement",
-        source=SOURCE,
         problem=problem,
         solver=Newton(),
         w=jnp.zeros(NUM_STATES),

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ..validation import as_key, is_traced
 from .cartpole import make_cartpole
 from .random_walk import make_mrp
-from .task import Task, sizes_of
+from .task import Task, check_choice, sizes_of
 
 DATA_NAME = "simulated"
 
@@ -34,7 +34,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     variant: str = "cartpole",
     **sizes: Any,
 ) -> Task:
@@ -49,7 +48,6 @@ def make(
       key: PRNG key of the episodes (``mrp``) or of the networks (``cartpole``).
       scale: 'small', the scale of the table of `hypergrad run reinforcement`, or
         'paper'.
-      data_dir: Not used.
       variant: 'mrp' or 'cartpole'.
       sizes: Replacements of the entries of `SCALES`, by their names.
 
@@ -58,11 +56,8 @@ def make(
         of range.
       TypeError: A size is not in `SCALES`, or its type is not that of the entry.
     """
-    del data_dir
-    if variant not in SCALES:
-        raise ValueError(f"variant must be one of {sorted(SCALES)}; got {variant!r}.")
-    if scale not in SCALES[variant]:
-        raise ValueError(f"scale must be 'small' or 'paper'; got {scale!r}.")
+    check_choice("variant", variant, SCALES)
+    check_choice("scale", scale, SCALES[variant])
     build = {"mrp": make_mrp, "cartpole": make_cartpole}[variant]
     chosen = sizes_of("reinforcement", SCALES[variant][scale], sizes)
     if is_traced(chosen):

@@ -22,16 +22,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets, spaces
+from .. import spaces
 from ..batches import Batches
 from ..estimators import Reversible
 from ..inner import Descent, piecewise_constant_schedule
 from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import (
-    as_arrays,
     bind_score_fn,
-    check_data,
+    load_data,
     make_metrics,
     make_score_fn,
     mask_held_out,
@@ -163,11 +162,9 @@ def make(
             "Each window needs at least one step."
         )
     is_small = scale == "small"
-    if data is None:
-        data = datasets.load("digits" if is_small else "mnist", data_dir)
-    sizes = SMALL if is_small else PAPER
-    check_data(data, sizes[0] + sizes[1] + 1)
-    data = as_arrays(data)
+    data_name, sizes = ("digits", SMALL) if is_small else ("mnist", PAPER)
+    num_needed = sizes[0] + sizes[1] + 1
+    data = load_data(data, data_name, num_needed, data_dir=data_dir)
     split_key, init_key = jax.random.split(key)
     splits = split(data, split_key, sizes)
     val = mask_held_out(splits["val"], hold_out)
@@ -178,9 +175,7 @@ def make(
     loss = bind_score_fn(val_loss, score_fn)
     shape = (num_windows,)
     return Task(
-        name="schedules",
         paradigm="supervised",
-        source="Maclaurin et al. 2015 (arXiv 1502.03492); Micaelli & Storkey 2021",
         problem=Bilevel(
             loss,
             loss,

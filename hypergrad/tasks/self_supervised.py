@@ -26,14 +26,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .. import datasets as datasets
 from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
 from ..problem import Bilevel
 from ..validation import as_key
-from .classifier import as_arrays, check_data, random_order
-from .task import Task, check_at_least_zero, check_choice, check_counts, has_held_out
+from .classifier import load_data, random_order
+from .task import (
+    Task,
+    check_at_least_zero,
+    check_choice,
+    check_counts,
+    has_held_out,
+    loss_metric,
+)
 
 NUM_TRAIN, NUM_FIT, NUM_VAL = 800, 100, 300
 NUM_HELD_OUT = 100
@@ -114,15 +120,8 @@ def append_one(f: Float[Array, "n d"]) -> Float[Array, "n d+1"]:
     return jnp.concatenate([f, jnp.ones((len(f), 1), f.dtype)], axis=1)
 
 
-def probe_loss(v: Array, f: Array, batch: PyTree) -> Array:
-    """Returns half of ``sum_fit |f'V - y|² + penalty |V|²``."""
-    y = jax.nn.one_hot(batch["y"], NUM_CLASSES)
-    errors = jnp.sum((append_one(f) @ v - y) ** 2, axis=1)
-    return (jnp.sum(batch["fit"] * errors) + batch["penalty"] * jnp.sum(v**2)) / 2
-
-
 def probe(f: Float[Array, "n d"], batch: PyTree) -> Float[Array, "d+1 10"]:
-    """Returns the argmin of `probe_loss`.
+    """Returns the argmin of ``sum_fit |f'V - y|² + penalty |V|²``.
 
     ``V = (F' D F + penalty I)^-1 F' D y``, where D is the diagonal matrix of ``fit``.
     """
@@ -145,12 +144,6 @@ def probe_error(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
     y = jax.nn.one_hot(batch["y"], NUM_CLASSES)
     errors = jnp.sum((probe_scores(w, batch) - y) ** 2, axis=1) / 2
     return jnp.sum(batch["evaluate"] * errors) / jnp.sum(batch["evaluate"])
-
-
-def probe_error_on(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
-    """Returns the outer loss on other examples."""
-    del key
-    return probe_error(w, alpha, batch)
 
 
 def accuracy(batch: PyTree, w: PyTree, alpha: PyTree, key: Array) -> Array:
@@ -205,7 +198,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     penalty: float | Array = 1.0,
     width: int = 64,
     dimension: int = 32,
@@ -217,7 +209,6 @@ def make(
     Args:
       key: PRNG key of the split and of the initial encoder.
       scale: 'small' is the only one, because no paper defines another.
-      data_dir: Not used, because the digits are part of scikit-learn.
       penalty: Ridge penalty of the probe. Defaults to 1.
       width: Number of features.
       dimension: Dimension of the vectors that the contrastive loss compares.
@@ -234,12 +225,11 @@ def make(
         too few examples.
     """
     key = as_key(key)
-    del data_dir
     check_choice("scale", scale, ("small",))
     check_at_least_zero(penalty=penalty)
     check_counts(width=width, dimension=dimension)
-    data = datasets.load("digits") if data is None else data
-    check_data(data, NUM_TRAIN + NUM_FIT + NUM_VAL + 1, NUM_CLASSES)
+    num_needed = NUM_TRAIN + NUM_FIT + NUM_VAL + 1
+    data = load_data(data, "digits", num_needed, NUM_CLASSES)
     if data["x"].shape[1] != SIZE**2:
         raise ValueError(
             f"data['x'] must be flat images of {SIZE} by {SIZE} pixels, [n, {SIZE**2}]"
@@ -247,7 +237,7 @@ def make(
         )
     split_key, encoder_key, projection_key = jax.random.split(key, 3)
     penalty = jnp.asarray(penalty, float)
-    splits = split(as_arrays(data), split_key, penalty, hold_out)
+    splits = split(data, split_key, penalty, hold_out)
     num_pixels = SIZE * SIZE
     # Normal weights with variance 1 / fan-in.
     projection = jax.random.normal(projection_key, (width, dimension))
@@ -259,15 +249,12 @@ def make(
     test = splits["test"]
     metrics = {
         "test_accuracy": jax.tree_util.Partial(accuracy, test),
-        "test_error": jax.tree_util.Partial(probe_error_on, test),
+        "test_error": loss_metric(probe_error, test),
     }
     if has_held_out(hold_out, NUM_HELD_OUT, NUM_VAL):
-        held_out = jax.tree_util.Partial(probe_error_on, splits["held_out"])
-        metrics["held_out_error"] = held_out
+        metrics["held_out_error"] = loss_metric(probe_error, splits["held_out"])
     return Task(
-        name="self_supervised",
         paradigm="self-supervised",
-        source="Chen et al. 2020 (arXiv 2002.05709)",
         problem=Bilevel(
             contrastive_loss,
             probe_error,

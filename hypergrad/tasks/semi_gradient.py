@@ -14,8 +14,6 @@ from ..inner.descent import run_inner_steps
 from ..products import Loss
 from ..validation import check_positive_int
 
-SOURCE = "Xu, van Hasselt & Silver 2018 (arXiv 1805.09801)"
-
 
 class SemiGradient(eqx.Module):
     """Steps along ``d loss(w, frozen, alpha, batch)/dw`` at ``frozen = w``.

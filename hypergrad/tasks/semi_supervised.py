@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from .. import datasets as datasets
 from .. import spaces
 from ..inner import Descent, Newton
 from ..problem import Bilevel
@@ -29,16 +28,22 @@ from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier
 from .classifier import (
-    as_arrays,
-    check_data,
     check_scale,
     held_out_examples,
+    load_data,
     losses,
     mask_held_out,
     random_order,
 )
 from .networks import softmax_regression
-from .task import Task, as_sizes, check_at_least_zero, check_choice, has_held_out
+from .task import (
+    Task,
+    as_sizes,
+    check_at_least_zero,
+    check_choice,
+    has_held_out,
+    loss_metric,
+)
 
 NUM_CLASSES = 10
 # Numbers of labeled, validation and unlabeled examples. The rest is for testing.
@@ -48,7 +53,6 @@ SOLVER = Descent(optax.sgd(0.5, momentum=0.9), num_steps=50)
 
 val_loss = classifier.bind_score_fn(classifier.val_loss, softmax_regression)
 accuracy = classifier.bind_score_fn(classifier.accuracy, softmax_regression)
-held_out_loss = classifier.bind_score_fn(classifier.loss_metric, softmax_regression)
 
 
 def supervised_loss(w: PyTree, alpha: PyTree, batch: PyTree) -> Array:
@@ -135,7 +139,7 @@ def make_metrics(
     if has_held_out(hold_out, num_val // 3, num_val):
         metrics |= {
             "held_out_accuracy": jax.tree_util.Partial(accuracy, splits["held_out"]),
-            "held_out_loss": jax.tree_util.Partial(held_out_loss, splits["held_out"]),
+            "held_out_loss": loss_metric(val_loss, splits["held_out"]),
         }
     return metrics
 
@@ -144,7 +148,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     penalty: float | Array = 1e-3,
     hold_out: Array | bool = False,
     data: PyTree = None,
@@ -159,7 +162,6 @@ def make(
       scale: 'small', or 'paper': 250 labels, 1,000 validation and 48,750 unlabeled
         examples of the ``data``, which must be given. The paper uses the 50,000
         training images of CIFAR-10 and a wide ResNet, which this task does not have.
-      data_dir: Not used, because the digits are part of scikit-learn.
       penalty: Coefficient of the inner L2 penalty, also for the supervised model that
         makes the pseudo-labels.
       hold_out: Whether a third of the validation examples is not in the outer loss but
@@ -182,15 +184,12 @@ def make(
     (1000,)
     """
     key = as_key(key)
-    del data_dir
     check_choice("scale", scale, tuple(SIZES))
     check_at_least_zero(penalty=penalty)
     split_sizes = as_sizes(sizes, SIZES[scale])
     num_unlabeled = split_sizes[2]
     check_scale(scale, data, sum(split_sizes) + 1)
-    data = datasets.load("digits") if data is None else data
-    check_data(data, sum(split_sizes) + 1, NUM_CLASSES)
-    data = as_arrays(data)
+    data = load_data(data, "digits", sum(split_sizes) + 1, NUM_CLASSES)
     splits = split(data, key, split_sizes, hold_out)
     penalty = jnp.asarray(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
@@ -201,9 +200,7 @@ def make(
         "penalty": penalty,
     }
     return Task(
-        name="semi_supervised",
         paradigm="semi-supervised",
-        source="Ren, Yeh & Schwing 2020 (arXiv 2007.01293), equation 2",
         problem=Bilevel(train_loss, val_loss, train, splits["val"]),
         solver=SOLVER,
         w=w,

@@ -1,14 +1,17 @@
 """The description of a task, and checks of the arguments that describe one."""
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
+from ..products import Loss
 from ..recording import Metric, check_metrics
 from ..validation import (
     check_positive_int,
@@ -22,9 +25,7 @@ class Task(eqx.Module):
     """A bilevel problem with real data, starting points and exact metrics.
 
     Attributes:
-      name: Name of the task, as in `hypergrad.tasks.TASKS`.
       paradigm: Learning paradigm, such as 'supervised'.
-      source: Paper that the task follows.
       problem: The two losses and their data.
       solver: Inner solver.
       w: Inner starting point.
@@ -39,9 +40,7 @@ class Task(eqx.Module):
         a `jax.tree_util.Partial`, whose data are leaves of the task.
     """
 
-    name: str = eqx.field(static=True)
     paradigm: str = eqx.field(static=True)
-    source: str = eqx.field(static=True)
     problem: Bilevel
     solver: InnerSolver
     w: PyTree
@@ -57,6 +56,26 @@ class Task(eqx.Module):
     def metric_values(self, w: PyTree, alpha: PyTree, key: Array) -> dict[str, Array]:
         """Returns the value of every metric at one point."""
         return {name: metric(w, alpha, key) for name, metric in self.metrics.items()}
+
+
+def loss_metric(loss: Loss, batch: PyTree) -> Metric:
+    """Returns the loss on a batch as a metric.
+
+    Equal losses make one function, so that JAX traces it once. The batch is data.
+    """
+    return jax.tree_util.Partial(_bind_loss(loss), batch)
+
+
+@functools.cache
+def _bind_loss(loss: Loss) -> Callable[..., Array]:
+    return functools.partial(_evaluate_loss, loss)
+
+
+def _evaluate_loss(
+    loss: Loss, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
+) -> Array:
+    del key
+    return loss(w, alpha, batch)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

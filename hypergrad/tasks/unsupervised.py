@@ -16,21 +16,19 @@ noise variance ``alpha``; L is the mean of ``-log p`` over the training examples
 
     p(x) = N(x; 0, W W' + alpha I),   W* = U (Lambda - alpha I)^(1/2)   (equation 7).
 
-``kmeans`` is soft k-means with a diagonal metric ``alpha``: the mixture of Gaussians
-with equal weights, means ``w`` and precision ``alpha_j`` in feature j; L is as in
-``ppca``.
+``kmeans`` is soft k-means (Bezdek 1981; MacKay 2003, chapter 22) with a diagonal metric
+``alpha``: the mixture of Gaussians with equal weights, means ``w`` and precision
+``alpha_j`` in feature j; L is as in ``ppca``.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
-from .. import datasets as datasets
-from .. import spaces
+from .. import datasets, spaces
 from ..inner import ClosedForm, Newton
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
@@ -41,7 +39,7 @@ from .classifier import (
     mean_and_deviation,
     random_order,
 )
-from .task import Task
+from .task import Task, check_choice, loss_metric
 
 # Three eigenvalues of the correlation matrix of wine are above 1.
 NUM_COMPONENTS = 3
@@ -175,14 +173,6 @@ def adjusted_rand(labels: Array, clusters: Array) -> Array:
     return jnp.where(is_trivial, 1.0, ratio)
 
 
-def nll_on(
-    nll_fn: Callable, batch: PyTree, w: PyTree, alpha: PyTree, key: Array
-) -> Array:
-    """Returns the mean of ``-log p`` over other examples."""
-    del key
-    return nll_fn(w, alpha, batch)
-
-
 def agreement(batch: PyTree, w: Array, alpha: Array, key: Array) -> Array:
     """Returns the adjusted Rand index of the nearest centroids and the classes."""
     del key
@@ -227,7 +217,6 @@ def make(
     *,
     key: Array,
     scale: str = "small",
-    data_dir: str | None = None,
     variant: str = "kde",
     data: PyTree = None,
 ) -> Task:
@@ -236,7 +225,6 @@ def make(
     Args:
       key: PRNG key of the split.
       scale: 'small' is the only one, because no paper defines another.
-      data_dir: Not used, because wine is part of scikit-learn.
       variant: 'kde' or 'ppca', whose hypergradients have a closed form, or 'kmeans'.
       data: ``{"x": [n, features]}``, such as iris. With ``"y"``, [n] in three classes,
         'kmeans' has the metric ``agreement`` of clusters and classes. Defaults to wine.
@@ -247,11 +235,8 @@ def make(
         wrong label.
     """
     key = as_key(key)
-    del data_dir
-    if scale != "small":
-        raise ValueError(f"scale must be 'small'; got {scale!r}.")
-    if variant not in ("kde", "ppca", "kmeans"):
-        raise ValueError(f"variant must be 'kde', 'ppca' or 'kmeans'; got {variant!r}.")
+    check_choice("scale", scale, ("small",))
+    check_choice("variant", variant, ("kde", "ppca", "kmeans"))
     data = datasets.load("wine") if data is None else data
     has_labels = variant == "kmeans" and isinstance(data, Mapping) and "y" in data
     names = ("x", "y") if has_labels else ("x",)
@@ -269,32 +254,23 @@ def make(
         losses = kde_loss, kde_nll
         solver, w, alpha = ClosedForm(kde_fit), train["x"], jnp.ones(d)
         space = spaces.Interval(0.05, 5.0, log=True, shape=shape)
-        source = "Habbema, Hermans & van den Broek 1974; Duin 1976"
         exact = jax.tree_util.Partial(kde_hypergradient, train, val)
     elif variant == "ppca":
         check_components(train)
         losses = ppca_nll, ppca_nll
         solver, w = ClosedForm(ppca_fit), jnp.zeros((d, NUM_COMPONENTS))
         space, alpha = spaces.Interval(0.05, MAX_NOISE, log=True), jnp.asarray(0.3)
-        source = "Tipping & Bishop 1999, equations 7 and 8"
         exact = jax.tree_util.Partial(ppca_hypergradient, train, val)
     else:
         losses = kmeans_nll, kmeans_nll
         solver, w, alpha = Newton(), init_centroids(train["x"]), jnp.full(d, 2.0)
         space = spaces.Interval(0.1, 10.0, log=True, shape=shape)
-        source = "Bezdek 1981; MacKay 2003, chapter 22"
         exact = None
-    metrics = {
-        "test_nll": jax.tree_util.Partial(
-            partial(nll_on, losses[1]), {"x": splits["test"]["x"]}
-        )
-    }
+    metrics = {"test_nll": loss_metric(losses[1], {"x": splits["test"]["x"]})}
     if has_labels:
         metrics["agreement"] = jax.tree_util.Partial(agreement, splits["test"])
     return Task(
-        name="unsupervised",
         paradigm="unsupervised",
-        source=source,
         problem=Bilevel(*losses, train, val),
         solver=solver,
         w=w,
