@@ -5,6 +5,7 @@ identity: estimators made of the same ones share compiled programs.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +43,10 @@ def converging_descent(reference: ReferenceProblem, num_steps: int = 300) -> hg.
     return hg.Descent(sgd(reference.step), num_steps)
 
 
-def run_estimator(reference: ReferenceProblem, estimator, key=None) -> hg.Estimate:
-    """Returns the estimate at the starting point of a problem."""
+def run_estimator(reference: ReferenceProblem, estimator, w=None) -> hg.Estimate:
+    """Returns the estimate at the starting point of a problem, or at another ``w``."""
     gradient_fn = hg.hypergradient(reference.problem, estimator)
-    return gradient_fn(reference.w, reference.alpha, key)
+    return gradient_fn(reference.w if w is None else w, reference.alpha)
 
 
 def failed_checks(estimate: hg.Estimate) -> set[str]:
@@ -163,15 +164,27 @@ def gradient_equivalents(stats, outer_fraction: float = 20 / 40) -> float:
     return float(inner + outer_fraction * outer)
 
 
-def counting_problem(reference: ReferenceProblem, calls: list) -> hg.Bilevel:
-    """Returns the problem with an inner loss that appends to ``calls`` as it runs."""
+def counted(fn: Callable, *, per_point: bool = False) -> tuple[Callable, list]:
+    """Returns the function and a list to which it appends as it runs.
 
-    def inner(w, alpha, batch):
-        jax.debug.callback(lambda: calls.append(1))
-        return reference.problem.inner_loss(w, alpha, batch)
+    A batch of points counts once, or with ``per_point`` each of its points.
+    """
+    calls = []
 
-    data = reference.problem.inner_data, reference.problem.outer_data
-    return hg.Bilevel(inner, reference.problem.outer_loss, *data)
+    def counted_fn(first, *others):
+        points = (first,) if per_point else ()
+        jax.debug.callback(lambda *_: calls.append(1), *points)
+        return fn(first, *others)
+
+    return counted_fn, calls
+
+
+def counting_problem(reference: ReferenceProblem) -> tuple[hg.Bilevel, list]:
+    """Returns the problem with an inner loss that is counted, and its calls."""
+    problem = reference.problem
+    inner, calls = counted(problem.inner_loss)
+    data = problem.inner_data, problem.outer_data
+    return hg.Bilevel(inner, problem.outer_loss, *data), calls
 
 
 # Errors published in the notebook of hypertorch (Grazzi et al. 2020), at T = 100.

@@ -22,6 +22,21 @@ def run_loop(problem, estimator, optimizer, w, alpha, *, key=None, **options: An
     return loop.run(loop.init(w, alpha, key), **run_options)
 
 
+# The inner solution is alpha, and the outer minimum at 0 or 1.
+
+
+def square(w, alpha, batch):
+    return jnp.sum((w - alpha) ** 2)
+
+
+TO_ZERO = hg.Bilevel(square, lambda w, alpha, batch: jnp.sum(w**2))
+TO_ONE = hg.Bilevel(square, lambda w, alpha, batch: jnp.sum((w - 1.0) ** 2))
+
+
+def same_as_alpha(alpha, data):
+    return alpha
+
+
 class ExactEstimator(eqx.Module):
     """Differentiates the outer loss along a closed form of the inner solution.
 
@@ -29,13 +44,15 @@ class ExactEstimator(eqx.Module):
     ``w`` and the statistics that it knows, and its state is a weakly typed counter.
 
     Args:
-      solution_fn: ``(alpha, inner_data) -> w``.
+      solution_fn: ``(alpha, inner_data) -> w``. Defaults to ``alpha`` itself.
       cost: Gradient-equivalents of each estimate; of the i-th if it is an array.
       trusted: Whether the i-th estimate is trusted; else it points uphill.
       noise: Scale of a random perturbation of the hypergradient.
     """
 
-    solution_fn: Callable = eqx.field(static=True)
+    solution_fn: Callable = eqx.field(
+        static=True, default_factory=lambda: same_as_alpha
+    )
     cost: Any = 3.0
     trusted: Any = None
     noise: float = eqx.field(static=True, default=0.0)
@@ -68,6 +85,18 @@ class ExactEstimator(eqx.Module):
         return hg.Estimate(
             estimate.value, estimate.hypergradient, estimate.w, stats
         ), index
+
+
+class Stateless(eqx.Module):
+    """Returns ``fn(w, alpha, key)``, an `hg.Estimate`, always at the first ``w``."""
+
+    fn: Callable = eqx.field(static=True)
+
+    def init(self, problem, w, alpha, key=None):
+        return w
+
+    def estimate(self, problem, w, alpha, key):
+        return self.fn(w, alpha, key), w
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:

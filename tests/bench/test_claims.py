@@ -11,7 +11,6 @@ from hypergrad.bench import (
     Claim,
     Column,
     Comparison,
-    MeasurementTable,
     Published,
     Resplits,
     Stage,
@@ -20,6 +19,7 @@ from hypergrad.bench import (
     report,
 )
 from hypergrad.bench.claims import evaluate_claims
+from tests.bench.toy_table import empty_table
 
 NOISE = 0.01 * np.array([1.0, -1.0, 0.5, -0.5, 0.2])
 
@@ -161,9 +161,7 @@ def test_reproduced_is_only_said_at_the_protocol_of_the_paper(
 )
 def test_seeds_that_are_not_finite_reproduce_nothing(values, measured, verdict):
     """A published number beside the mean of the seeds that stayed finite."""
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
+    table = empty_table(
         columns=(Column("accuracy", form=".3f"),),
         published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
         seeds=3,
@@ -225,13 +223,12 @@ def test_comparisons_of_several_added_methods_are_one_family():
 def test_a_method_that_lacks_a_seed_reproduces_nothing():
     """The run of its third seed failed; a table that plans two seeds for it agrees."""
     cells = {"old": 3, "new": 3}
-    table = MeasurementTable(
+    table = empty_table(
         cells=lambda scale, seeds: [
             {"method": method, "seed": seed}
             for method, num_seeds in cells.items()
             for seed in range(min(seeds, num_seeds))
         ],
-        measure_cell=lambda cell, rows: {},
         columns=(Column("accuracy", form=".3f"),),
         published={("new", "accuracy"): Published(0.94, 0.02, "verified")},
         seeds=3,
@@ -251,12 +248,7 @@ def test_a_method_that_lacks_a_seed_reproduces_nothing():
 
 
 def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
-        columns=(Column("error"),),
-        ranked_by="-error",
-    )
+    table = empty_table(columns=(Column("error"),), ranked_by="-error")
     errors = {
         "broke off": (0.1, None),
         "lacks a seed": (0.1,),
@@ -281,9 +273,7 @@ def test_a_method_that_diverged_on_a_seed_is_last_of_the_leaderboard():
 @pytest.mark.parametrize("resplits", [None, Resplits(0.5)], ids=["seeds", "resplits"])
 def test_the_printed_form_says_what_intervals_and_trust_mean(resplits):
     """What a table does not have is not explained."""
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
+    table = empty_table(
         columns=(Column("accuracy"),),
         claims=(Claim("new", "old", "accuracy"),),
         resplits=resplits,
@@ -306,9 +296,7 @@ def test_a_body_that_needs_missing_rows_is_left_out():
     stage = Stage(
         "tuning", lambda *_: [], lambda *_: {}, body=lambda rows: [rows[0]["loss"]]
     )
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
+    table = empty_table(
         earlier_stages=(stage,),
         body=lambda rows: [rows[9]["accuracy"]],
     )
@@ -343,12 +331,7 @@ def test_a_check_that_cannot_be_evaluated_fails_and_says_why():
 
 def test_the_leaderboard_ranks_by_a_metric_that_is_no_column():
     """`Table` ranks by its first metric, whatever it prints."""
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
-        columns=(Column("accuracy"),),
-        ranked_by="-loss",
-    )
+    table = empty_table(columns=(Column("accuracy"),), ranked_by="-loss")
     rows = [
         {"method": method, "seed": 0, "loss": loss, "accuracy": 0.5, "scale": "small"}
         for method, loss in (("worse", 2.0), ("better", 1.0))

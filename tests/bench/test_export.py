@@ -3,15 +3,12 @@
 import csv
 import json
 
-from hypergrad.bench import Column, MeasurementTable, export, report
+from hypergrad.bench import Column, export, report
+from tests.bench.toy_table import empty_table
 
 
 def make_result(label: str, **fields) -> report.TableResult:
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [],
-        measure_cell=lambda cell, rows: {},
-        columns=(Column("x"),),
-    )
+    table = empty_table(columns=(Column("x"),))
     row = {"method": label, "seed": 0, "x": 1.0, "scale": "small", "command": "run"}
     return report.TableResult("toy", table, [row | fields])
 
@@ -27,9 +24,8 @@ def test_settings_that_are_lists_are_columns_of_csv(tmp_path):
 
 def test_cells_of_other_sizes_have_settings_of_their_own(tmp_path):
     """`corruption` chooses a rate for each share of wrong labels."""
-    table = MeasurementTable(
+    table = empty_table(
         cells=lambda scale, seeds: [{"method": "a", "share": 0.5, "seed": 0}],
-        measure_cell=lambda cell, rows: {},
     )
     rows = [
         {"method": "a", "share": share, "seed": 0, "settings": {"rate": 2 * share}}

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from hypergrad.bench import MeasurementTable
 from hypergrad.bench.figures import import_pyplot, plot_curves
 from hypergrad.bench.report import TableResult
+from tests.bench.toy_table import empty_table
 
 PROGRAM = """
 {before}
@@ -41,9 +41,7 @@ def test_a_chosen_backend_stays(before, variables, backend):
 
 def test_a_seed_without_a_curve_is_left_out_of_the_figure():
     """A run of a single step has none."""
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [], measure_cell=lambda cell, rows: {}
-    )
+    table = empty_table()
     curve = {"curve_value": [2.0, 1.0], "curve_cost": [1.0, 2.0]}
     rows = [
         {"method": "few steps", "seed": 0},

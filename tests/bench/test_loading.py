@@ -58,12 +58,6 @@ def test_an_error_of_the_code_of_a_file_names_its_line(
         assert str(error.value).count(str(file)) == 1
 
 
-def test_a_method_of_a_file_without_the_suffix_py_is_refused(tmp_path):
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(ValueError, match=r"must be FILE.py:FUNCTION"):
-        loading.parse_method(f"{tmp_path}/mine.txt:mine")
-
-
 def test_a_published_number_of_an_absent_column_is_refused(tmp_path):
     file = tmp_path / "toy.py"
     file.write_text(

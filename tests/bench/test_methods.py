@@ -23,7 +23,7 @@ TRACE = hg.Trace(
     metrics={},
     status_code=jnp.asarray(0),
 )
-TASK = Task("toy", "none", "", None, None, TRACE.w, TRACE.alpha, None, {})
+TASK = Task("none", None, None, TRACE.w, TRACE.alpha, None, {})
 
 
 def run_at_cost(row_costs: list[float], record_every: int, budget: float):

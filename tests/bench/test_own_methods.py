@@ -80,7 +80,7 @@ def test_seeds_share_the_program_of_the_implicit_baseline():
     for key in jax.random.split(jax.random.key(0)):
         problem = hg.Bilevel(inner_loss, outer_loss, jax.random.normal(key, (2,)))
         space, zeros = hg.spaces.Real(), jnp.zeros(2)
-        task = Task("own", "none", "", problem, solver, zeros, zeros, space, {})
+        task = Task("none", problem, solver, zeros, zeros, space, {})
         baselines.implicit(task, budget=60, key=key, learning_rate=0.1)
         counts.append(num_traces)
     assert counts[0] == counts[1] > 0

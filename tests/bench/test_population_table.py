@@ -1,7 +1,5 @@
 """Tests of the table that times trainings side by side."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -51,12 +49,3 @@ def test_programs_that_disagree_fail(difference):
     rows = [row | {"difference": 1e-7}, row | {"difference": difference}]
     assert [x.outcome for x in population.findings(rows[:1])] == [None, None, "holds"]
     assert population.findings(rows)[-1].failed
-
-
-def test_sizes_are_those_of_the_protocol():
-    """The numbers of parameters are those that the protocol states."""
-    counts = [
-        sum(a * b for a, b in itertools.pairwise(sizes))
-        for sizes, _ in population.SIZES.values()
-    ]
-    assert counts == [1_036, 101_504, 988_880]

@@ -9,7 +9,6 @@ from hypergrad.bench import (
     Claim,
     Comparison,
     Finding,
-    MeasurementTable,
     MethodError,
     Published,
     Table,
@@ -21,6 +20,7 @@ from hypergrad.bench.claims import evaluate_claims
 from hypergrad.bench.rows import append_row, select
 from hypergrad.bench.tuning import choose_setting, tuning_fields
 from hypergrad.trace import STATUS_MESSAGES
+from tests.bench.toy_table import empty_table
 
 NOISE = (0.01, -0.01, 0.005, -0.005, 0.002)
 FAILED_CODES = (1, 2, 3, 4, 7)
@@ -140,10 +140,7 @@ def test_rows_of_another_protocol_are_printed_and_decide_no_claim(rows, deviatio
 
 def test_seeds_are_counted_that_the_cells_of_a_table_have():
     """A table whose cells do not depend on the number of seeds has no `seeds`."""
-    table = MeasurementTable(
-        cells=lambda scale, seeds: [{"method": "a", "seed": 0}],
-        measure_cell=lambda cell, rows: {},
-    )
+    table = empty_table(cells=lambda scale, seeds: [{"method": "a", "seed": 0}])
     assert not table.deviations([{"method": "a", "seed": 0}])
     assert table.deviations([{"method": "a", "seed": x} for x in range(2)])
 

@@ -9,9 +9,9 @@ import pytest
 from hypergrad.bench.rows import (
     CorruptRowError,
     append_row,
+    move_incomplete_line,
     parse_line,
     read_rows,
-    set_cut_line_aside,
     to_line,
 )
 
@@ -61,7 +61,7 @@ def test_a_line_that_was_cut_off_is_an_error_and_is_kept_aside(tmp_path):
     path.write_bytes(whole + whole[:40])
     with pytest.raises(CorruptRowError, match="line 2"):
         read_rows(path)
-    set_cut_line_aside(path)
+    move_incomplete_line(path)
     assert path.read_bytes() == whole
     assert path.with_name("rows.jsonl.cut").read_bytes() == whole[:40] + b"\n"
 
@@ -72,6 +72,6 @@ def test_a_line_that_was_cut_off_is_not_written_through_a_link(tmp_path):
     other.write_text("other")
     path.with_name("rows.jsonl.cut").symlink_to(other)
     with pytest.raises(OSError, match=r"rows\.jsonl\.cut"):
-        set_cut_line_aside(path)
+        move_incomplete_line(path)
     assert other.read_text() == "other"
     assert path.read_bytes() == b"cut"

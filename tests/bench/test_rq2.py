@@ -76,23 +76,6 @@ def test_exact_metrics_of_labels_are_scikit_learns():
         assert actual == pytest.approx(exact[metric], rel=1e-9)
 
 
-def test_exact_metrics_of_classes_are_scikit_learns():
-    """As in noisy digits."""
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(80, 5)), rng.integers(0, 4, 80)
-    w = {"W": jnp.asarray(rng.normal(size=(5, 4))), "b": jnp.zeros(4)}
-    batch = {"x": jnp.asarray(x), "y": jnp.asarray(y), "use": jnp.ones(80, bool)}
-    s = x @ np.asarray(w["W"])
-    exact = {
-        "accuracy": skm.accuracy_score(y, s.argmax(1)),
-        "F1": skm.f1_score(y, s.argmax(1), average="macro"),
-        "mAP": skm.average_precision_score(np.eye(4)[y], s, average="macro"),
-    }
-    for metric in METRICS:
-        actual = running.exact_at("noisy digits", metric)(batch, w, None, None)
-        assert actual == pytest.approx(exact[metric], rel=1e-9)
-
-
 def test_a_box_is_about_the_start_and_within_that_of_the_task():
     """Half a width on either side, cut."""
     system = tasks.SYSTEMS["few words"]

@@ -86,13 +86,17 @@ def test_rows_of_other_source_are_refused(run_own, own_file):
 
 @pytest.mark.parametrize("name", ["quadratic.py", "mine.py"])
 def test_source_that_changes_after_its_import_is_refused(run_own, own_file, name):
-    """The process, or a worker, would run other code than its rows would name."""
+    """The process, or a worker, would run other code than its rows would name.
+
+    The source is that of the import also if the table is loaded with another budget, as
+    in a notebook.
+    """
     run_own("mine.py:stay", only=("stay",), seeds=1)
     path = own_file.with_name(name)
     text = path.read_text()
     path.write_text(text + "\n# another version\n")
     with pytest.raises(ValueError, match="source of the table changed"):
-        run_own("mine.py:stay", only=("stay",), seeds=1, out="other")
+        run_own("mine.py:stay", only=("stay",), seeds=1, out="other", budget=30)
     assert not read_rows(own_file.parent / "other" / "quadratic.jsonl")
     path.write_text(text)
     assert len(run_own("mine.py:stay", only=("stay",), seeds=1, out="other").rows) == 1
@@ -396,15 +400,6 @@ def test_the_table_of_the_documentation_runs(tmp_path):
     assert min(errors.values()) > 1.0  # the variance of the noise
 
 
-def test_a_worse_method_is_reported_as_worse(run, shared_file):
-    result = run("mine.py:stay", seeds=5)
-    table = loading.load_table(shared_file)
-    texts = [finding.text for finding in table.evaluate(result.rows)]
-    (text,) = [x for x in texts if x.startswith("stay against descent")]
-    assert "worse" in text
-    assert re.search(r"\[-?\d", text)  # with an interval
-
-
 def test_runs_that_stopped_early_are_counted_with_the_reason(run, shared_file):
     rows = run("mine.py:stops", only=("nothing", "stops")).rows
     result = TableResult("quadratic", loading.load_table(shared_file), rows)
@@ -617,9 +612,3 @@ def test_a_row_may_repeat_the_fields_of_its_cell(tmp_path):
 def test_bad_options_are_refused(run, options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
-
-
-def test_the_claim_of_the_table_is_judged(run, shared_file):
-    table = loading.load_table(shared_file)
-    (finding,) = table.evaluate(run(seeds=5).rows)
-    assert finding.outcome == "supported"

@@ -1,14 +1,10 @@
 """Digests of source: which files count, and that they are those that were imported."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from hypergrad.bench import loading
-from hypergrad.bench.runner import loaded_sources
 from hypergrad.bench.source import digest_imports, local_imports
-from tests.bench.toy_table import write_table
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -49,20 +45,3 @@ def test_a_link_beside_a_method_counts_by_its_content(tmp_path):
     old = digest_imports(file)
     (tmp_path / "lib" / "helper.py").write_text("x = 2\n")
     assert digest_imports(file) != old
-
-
-@pytest.mark.parametrize("name", ["quadratic.py", "mine.py"])
-def test_a_file_that_was_edited_after_its_import_keeps_the_digest(
-    tmp_path, monkeypatch, name
-):
-    """As in a notebook, where a second run uses the module of the first one."""
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    table_file = write_table(tmp_path)
-    ref = loading.TableRef(table_file, ((tmp_path / "mine.py", "stay"),))
-    imported = loaded_sources(ref)
-    path = tmp_path / name
-    path.write_text(path.read_text() + "\n# another version\n")
-    other = loading.TableRef(table_file, ref.methods, budget=30)
-    assert loaded_sources(other) == imported
-    current = (digest_imports(table_file), *ref.method_sources().values())
-    assert current != (imported[0]["table"], *imported[1].values())

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from hypergrad.bench import MeasurementTable
+
 #: A task with known answers: w* = alpha, the outer loss is (w - 1)^2, so alpha* = 1.
 #: With `hold_out`, the goal is 1 + `penalty`, so that the best penalty is 0.
 TABLE = '''
@@ -30,7 +32,7 @@ def make(key, scale, *, penalty=0.0, hold_out=False):
     goal = 1.0 + penalty * hold_out + 0.1 * jax.random.normal(key, ())
     partial = lambda x: jax.tree_util.Partial(distance, x)
     return Task(
-        name="quadratic", paradigm="none", source="a <test> & its author",
+        paradigm="none",
         problem=hg.Bilevel(inner, outer, None, {"goal": goal}),
         solver=SOLVER, w=jnp.zeros(2), alpha=jnp.zeros(2),
         space=hg.spaces.Interval(-2.0, 2.0, shape=(2,)),
@@ -148,6 +150,15 @@ def peeks(task, *, budget, key):
     assert not task.metrics
     return stay(task, budget=budget, key=key)
 """
+
+
+def empty_table(**options) -> MeasurementTable:
+    """Returns a table that has no cells and measures nothing, unless options do."""
+    defaults = {
+        "cells": lambda scale, seeds: [],
+        "measure_cell": lambda cell, rows: {},
+    }
+    return MeasurementTable(**defaults | options)
 
 
 def write_table(folder: Path) -> Path:

@@ -6,14 +6,13 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 import optax
 import optimistix
 import pytest
 
 import hypergrad as hg
-from hypergrad.batches import batch_fraction, num_examples, sample_fixed_batch
+from hypergrad.batches import num_examples, sample_fixed_batch
 from hypergrad.problem import EstimateData
 from hypergrad.runtime.compat import enable_x64
 from tests.parameters import slow_except
@@ -292,12 +291,6 @@ def test_num_examples_is_the_common_length_of_the_leaves():
     assert num_examples(None) is num_examples(hg.Batches(None, with_key=True)) is None
 
 
-def test_batch_fraction_is_relative_to_the_data():
-    assert batch_fraction(hg.Batches(DATA, 2)) == pytest.approx(1 / 3)
-    assert batch_fraction(hg.Batches(DATA, 2), 3) == 0.5
-    assert batch_fraction(hg.Batches(DATA)) == batch_fraction(None) == 1.0
-
-
 def test_a_fixed_batch_has_the_given_size():
     assert sample_fixed_batch(hg.Batches(DATA, 2), 5, KEY)["x"].shape == (5, 2)
     assert sample_fixed_batch(hg.Batches(DATA, 2), None, KEY)["x"].shape == (6, 2)
@@ -314,15 +307,6 @@ def noisy_loss(w, alpha, batch):
 
 
 NOISY = hg.Bilevel(noisy_loss, outer_loss, hg.Batches(np.arange(6.0), 2, with_key=True))
-
-
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_adjoint_and_residual_see_the_same_noise(batch_size):
-    """The residual of a dense solve vanishes only if ``H`` is the same in both."""
-    solver = hg.Descent(optax.sgd(0.2), 3)
-    estimator = hg.Implicit(solver, lx.LU(), adjoint_batch_size=batch_size)
-    estimate = hg.hypergradient(NOISY, estimator)(jnp.ones(2), jnp.ones(2), KEY)
-    assert estimate.stats["adjoint_residual"] < 1e-12
 
 
 def noisy_solution(alpha, batch):
@@ -385,6 +369,7 @@ def test_w_is_solved_on_the_sample_of_the_adjoint(problem, estimator):
         expected = 2 * (estimate.w - 0.5) * estimate.w / alpha
         np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-5)
         assert estimate.stats["inner_grad_norm"] < 1e-6
+        assert not estimate.stats["adjoint_residual"] > 1e-5  # NaN without an adjoint
 
 
 def test_stochastic_steps_see_a_new_key_each():

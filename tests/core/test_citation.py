@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import optimistix as optx
 import pytest
+from evosax.algorithms import SNES
 
 import hypergrad as hg
 from hypergrad.citation import REFERENCES, citation, find_public
@@ -156,8 +157,9 @@ def test_functions_may_carry_keys():
         (lx.GMRES(1e-6, 1e-6), "lineax2023"),
         (lx.LU(), "lineax2023"),
         (optx.BFGS(1e-6, 1e-6), "optimistix2024"),
+        (hg.searchers.EvolutionStrategy(SNES, 4), "lange2022"),
     ],
-    ids=["optax", "optax-function", "GMRES", "LU", "BFGS"],
+    ids=["optax", "optax-function", "GMRES", "LU", "BFGS", "SNES"],
 )
 def test_objects_of_libraries_cite_their_library(value, key):
     first, second, *rest = entry_keys(citation(Wrapper(value)))
@@ -214,6 +216,18 @@ def test_entries_are_well_formed():
             assert value.isascii(), key
         assert fields.keys() >= REQUIRED[kind], key
         assert key == "hypergrad" or fields["year"] in key
+
+
+@pytest.mark.parametrize(
+    "package",
+    [hg, hg.searchers, hg.surrogates, hg.objectives, hg.spaces],
+    ids=lambda package: package.__name__,
+)
+def test_keys_of_public_objects_are_in_the_bibliography(package):
+    for name in package.__all__:
+        keys = getattr(getattr(package, name), "citations", ())
+        assert isinstance(keys, tuple), name
+        assert REFERENCES.keys() >= set(keys), name
 
 
 VARIANCE_REDUCTION = {

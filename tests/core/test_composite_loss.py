@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -146,17 +145,6 @@ def test_only_a_certified_minimum_is_trusted(certify, curvature):
     assert estimate.trusted == (certify and curvature > 0)
 
 
-def test_products_of_a_linear_model_are_those_of_the_hessian():
-    linear_model = lambda w, alpha, batch: batch["x"] @ w["first"] @ jnp.ones(2)
-    mse = lambda z, alpha, batch: jnp.mean((z - batch["y"]) ** 2)
-    ridge = lambda w, alpha: jnp.exp(alpha[0]) * jnp.sum(ravel_pytree(w)[0] ** 2)
-    loss = hg.CompositeLoss(linear_model, mse, ridge)
-    product = lambda v: ravel_pytree(loss.gauss_newton(W, ALPHA, BATCH, UNRAVEL(v)))[0]
-    actual = jax.jit(jax.vmap(product))(jnp.eye(FLAT_W.size))
-    expected = jax.jit(jax.hessian(lambda w: loss(UNRAVEL(w), ALPHA, BATCH)))(FLAT_W)
-    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)
-
-
 def test_outputs_that_are_not_floating_point_are_constants():
     """Such as predictions and masks; products are those of the other outputs."""
 
@@ -198,24 +186,3 @@ def test_a_refined_estimate_uses_the_hessian():
     )
     assert relative_error(biased) > 1e-2
     assert relative_error(refined) < 1e-8
-
-
-INVALID = {
-    "model_fn": (TypeError, lambda: hg.CompositeLoss("z", loss_fn)),
-    "loss_fn": (TypeError, lambda: hg.CompositeLoss(model_fn, None)),
-    "regularizer": (TypeError, lambda: hg.CompositeLoss(model_fn, loss_fn, 1.0)),
-    "hvp_fn": (TypeError, lambda: hg.Implicit(hg.Newton(), hvp_fn=0.5)),
-    "rtol": (
-        ValueError,
-        lambda: hg.Implicit(
-            hg.Descent(optax.sgd(0.1), 3), hvp_fn=LOSS.gauss_newton, rtol=0.1
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("argument", INVALID)
-def test_an_invalid_argument_is_named(argument):
-    error, make = INVALID[argument]
-    with pytest.raises(error, match=argument):
-        make()

@@ -1,5 +1,6 @@
 """Loaders of bundled data sets and of files from outside the package."""
 
+import bz2
 import hashlib
 import os
 
@@ -87,10 +88,15 @@ def test_breast_cancer_is_that_of_scikit_learn():
 
 def test_sparse_text_becomes_compressed_rows():
     """Indices count from 1 in the file and from 0 in the arrays; labels are 0 and 1."""
-    rows = datasets._parse_svmlight(b"-1 1:0.5 3:2\n+1 2:1.5\n", 3)
-    assert rows["starts"].tolist() == [0, 2, 3]
-    assert datasets._to_dense(rows, 3).tolist() == [[0.5, 0, 2], [0, 1.5, 0]]
-    assert rows["y"].tolist() == [0, 1]
+    texts = (b"-1 1:0.5 3:2\n+1 2:1.5\n", b"+1 3:4\n")
+    x, labels = datasets._parse_svmlight([bz2.compress(text) for text in texts], 3)
+    assert x.toarray().tolist() == [[0.5, 0, 2], [0, 1.5, 0], [0, 0, 4]]
+    assert labels["y"].tolist() == [0, 1, 1]
+    assert labels["test"].tolist() == [False, False, True]
+    rows = datasets._sparse_arrays(x)
+    assert rows["values"].tolist() == [0.5, 2, 1.5, 4]
+    assert rows["columns"].tolist() == [0, 2, 1, 2]
+    assert rows["starts"].tolist() == [0, 2, 3, 4]
 
 
 def test_missing_files_are_named(tmp_path, monkeypatch):

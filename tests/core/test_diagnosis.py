@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from tests.loops import Stateless
 
 W, ALPHA = jnp.zeros(3), jnp.full(3, -2.0)
 X = np.random.default_rng(0).normal(size=(40, 3))
@@ -239,14 +240,10 @@ def test_steps_below_all_bounds_that_stay_finite_are_named(unit):
 
 
 def test_an_estimator_without_an_inner_solver_is_run():
-    class Broken(eqx.Module):
-        def init(self, problem, w, alpha, key=None):
-            return w
-
-        def estimate(self, problem, w, alpha, key):
-            return hg.Estimate(jnp.zeros(()), alpha * jnp.nan, w), w
-
-    (only,) = diagnose(estimator=Broken())
+    broken = Stateless(
+        lambda w, alpha, key: hg.Estimate(jnp.zeros(()), alpha * jnp.nan, w)
+    )
+    (only,) = diagnose(estimator=broken)
     assert "hypergradient by alpha" in only
 
 
@@ -392,16 +389,11 @@ def test_a_stopped_run_is_diagnosed_at_its_last_row():
 
 def test_the_last_row_is_that_of_the_failure_without_costs():
     """An estimator that states no cost fails at once: a row was made all the same."""
-
-    class Costless(eqx.Module):
-        def init(self, problem, w, alpha, key=None):
-            return w
-
-        def estimate(self, problem, w, alpha, key):
-            return hg.Estimate(jnp.asarray(jnp.nan), alpha, w), w
-
+    costless = Stateless(
+        lambda w, alpha, key: hg.Estimate(jnp.asarray(jnp.nan), alpha, w)
+    )
     problem = hg.Bilevel(inner_loss, outer_loss, TRAIN, VAL)
-    trace = hg.minimize(problem, Costless(), optax.sgd(0.1), W, ALPHA, num_steps=3)
+    trace = hg.minimize(problem, costless, optax.sgd(0.1), W, ALPHA, num_steps=3)
     assert trace.last_row == 0
 
 

@@ -187,19 +187,6 @@ def test_damaged_metadata_do_not_hide_other_models(tmp_path):
     assert len(errors) == 1
 
 
-def test_a_failed_save_leaves_earlier_versions_and_no_draft(tmp_path, monkeypatch):
-    models.save("m", 1.0, 0.0, folder=tmp_path)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hypergrad.runtime.atomic_io.atomic_write", full)
-    with pytest.raises(OSError, match="No space"):
-        models.save("m", 2.0, 0.0, folder=tmp_path)
-    assert [x.name for x in (tmp_path / "m").iterdir()] == ["1"]
-    assert models.load("m", folder=tmp_path)[0] == 1.0
-
-
 def list_tree(folder: Path) -> dict[str, bytes | None]:
     """Returns the content of every file below a folder, and None for a folder."""
     paths = sorted(folder.rglob("*"))
@@ -319,7 +306,7 @@ def test_like_with_other_names_of_the_same_shapes_is_refused(tmp_path):
     """Leaves are matched by their order, which names decide."""
     models.save("m", {"decoder": W["W"], "encoder": W["W"]}, 0.0, folder=tmp_path)
     like = {"encoder": W["W"], "output": W["W"]}, 0.0
-    with pytest.raises(ValueError, match=r"leaf \[0\]\['encoder'\] in place of"):
+    with pytest.raises(ValueError, match=r"leaf .*\['encoder'\].* in place of"):
         models.load("m", like=like, folder=tmp_path)
     like = {"decoder": W["W"], "encoder": W["W"]}, 0.0
     assert set(models.load("m", like=like, folder=tmp_path)[0]) == set(like[0])
@@ -342,30 +329,22 @@ def test_the_recorded_version_is_that_of_the_first_folder(monkeypatch):
     assert provenance.packages() == {"numpy": "9.0"}
 
 
-def test_a_model_of_other_data_of_a_function_has_another_digest(tmp_path):
-    """Functions of one name are told apart by what they return."""
+sample = lambda x, key: (x * jax.random.normal(key), None)
+DATA_FNS = {
+    "constant": lambda x: jax.tree_util.Partial(lambda key: sample(x, key)),
+    "array": lambda x: jax.tree_util.Partial(sample, jnp.full(3, x)),
+}
 
-    def save(scale):
-        sample = lambda key: (scale * jax.random.normal(key), None)
-        problem = hg.Bilevel(loss, loss, data_fn=jax.tree_util.Partial(sample))
-        return models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem)
 
+@pytest.mark.parametrize("kind", DATA_FNS)
+def test_a_model_of_other_data_of_a_function_has_another_digest(kind, tmp_path):
+    """The program of functions of one name shows its constants, but no arrays."""
     loss = lambda w, alpha, batch: w * alpha
-    digests = [save(scale).record["data"] for scale in (1.0, 5.0, 1.0)]
-    assert digests[0] != digests[1]
-    assert digests[0] == digests[2]
-
-
-def test_arrays_of_a_sampling_function_are_part_of_the_digest(tmp_path):
-    """The program is the same, and holds none of them."""
-
-    def save(x):
-        sample = lambda x, key: (x * jax.random.normal(key), None)
-        problem = hg.Bilevel(loss, loss, data_fn=jax.tree_util.Partial(sample, x))
-        return models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem)
-
-    loss = lambda w, alpha, batch: w * alpha
-    digests = [save(x).record["data"] for x in (jnp.ones(3), jnp.zeros(3), jnp.ones(3))]
+    digests = []
+    for x in (1.0, 5.0, 1.0):
+        problem = hg.Bilevel(loss, loss, data_fn=DATA_FNS[kind](x))
+        model = models.save("m", 1.0, 2.0, folder=tmp_path, problem=problem)
+        digests.append(model.record["data"])
     assert digests[0] != digests[1]
     assert digests[0] == digests[2]
 

@@ -99,19 +99,6 @@ def test_only_a_tuple_of_losses_adds_an_axis(outer, index):
     )
 
 
-def test_init_fn_is_differentiated():
-    """One step of descent from ``3 alpha`` ends at ``alpha + (1 - 2 s) 2 alpha``."""
-    init_fn = lambda w, alpha: 3 * alpha + 0 * w
-    problem = hg.Bilevel(inner_loss, outer_loss, init_fn=init_fn)
-    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 1))
-    alpha = np.array([1.0, 2.0])
-    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.asarray(alpha))
-    factor = 1 + 0.8 * 2
-    np.testing.assert_allclose(estimate.w, factor * alpha, rtol=1e-12)
-    expected = 2 * factor * (factor * alpha - 0.5)
-    np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-12)
-
-
 # Random data.
 
 
@@ -252,18 +239,6 @@ def test_only_some_leaves_of_a_large_model_are_named():
     assert len(str(raised.value)) < 1000
 
 
-def test_data_in_place_of_a_loss_is_named_by_its_shapes():
-    with pytest.raises(TypeError, match=r"^inner_loss .*; got a tuple of ") as raised:
-        hg.Bilevel((X, Y), (X, Y), score_loss, score_loss)
-    text = str(raised.value)
-    assert "inner_loss[0]: float64[4,3], inner_loss[1]: float64[4]" in text
-    assert "The losses come before the data" in text
-    with pytest.raises(TypeError, match=r"got an array \(outer_loss: float64\[4,3\]\)"):
-        hg.Bilevel(score_loss, X)
-    with pytest.raises(TypeError, match=r"got 'loss'\.$"):
-        hg.Bilevel("loss", score_loss)
-
-
 def test_a_leaf_of_w_that_only_the_outer_loss_reads_gets_a_warning():
     """Such as the running averages of a model, which no training loss reads."""
     inner = lambda w, alpha, batch: jnp.sum((w["x"] - alpha) ** 2)
@@ -304,12 +279,6 @@ def test_targets_in_place_of_a_batch_size_are_named():
         hg.Batches(jnp.ones((4, 2)), jnp.ones(4))
 
 
-def test_a_loss_that_returns_nothing_is_told_so():
-    problem = hg.Bilevel(lambda w, alpha, batch: None, outer_loss)
-    with pytest.raises(ValueError, match="Its return statement is missing"):
-        hg.hypergradient(problem, hg.Implicit(hg.Newton()))(jnp.zeros(2), jnp.ones(2))
-
-
 def test_an_estimate_in_place_of_w_is_named():
     problem = hg.Bilevel(inner_loss, outer_loss)
     estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 1.0)
@@ -339,9 +308,3 @@ def test_a_model_with_fields_of_the_same_names_is_no_estimate():
     estimator = hg.Unrolled(hg.Descent(optax.sgd(0.1), 2))
     estimate = hg.hypergradient(hg.Bilevel(loss, loss), estimator)(model, jnp.ones(2))
     assert isinstance(estimate.w, ModelWithStats)
-
-
-@pytest.mark.parametrize("batch_size", ["10", 2.5, True])
-def test_a_batch_size_that_is_no_integer_is_printed(batch_size):
-    with pytest.raises(ValueError, match=f"got {batch_size!r}"):
-        hg.Batches(jnp.ones((4, 2)), batch_size)

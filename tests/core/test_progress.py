@@ -19,16 +19,15 @@ import pytest
 import hypergrad as hg
 from hypergrad.progress import ProgressUpdate, make_timer, open_progress
 from hypergrad.runtime.progress_bar import progress_bar, tenth_printer
-from tests.loops import ExactEstimator, assert_same_bits, run_loop
+from tests.loops import TO_ONE, ExactEstimator, assert_same_bits, run_loop
 
-PROBLEM = hg.Bilevel(lambda w, a, b: (w - a) ** 2, lambda w, a, b: (w - 1.0) ** 2)
 TRUSTED = np.arange(40) % 4 > 0
 
 
 def run(num_steps=20, **options) -> hg.Trace:
-    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=TRUSTED)
+    estimator = ExactEstimator(trusted=TRUSTED)
     return run_loop(
-        PROBLEM, estimator, optax.sgd(0.1), 0.0, 3.0, num_steps=num_steps, **options
+        TO_ONE, estimator, optax.sgd(0.1), 0.0, 3.0, num_steps=num_steps, **options
     )
 
 
@@ -36,7 +35,7 @@ def search(searcher=None, **options) -> hg.Trace:
     searcher = searcher or hg.searchers.Random()
     space = hg.spaces.Unit()
     return hg.search(
-        PROBLEM, hg.Descent(optax.sgd(0.1), 4), searcher, 0.0, space=space, budget=50,
+        TO_ONE, hg.Descent(optax.sgd(0.1), 4), searcher, 0.0, space=space, budget=50,
         **options,
     )  # fmt: skip
 
@@ -99,9 +98,9 @@ def test_the_bar_of_a_budget_shows_the_fraction_that_is_spent(bar):
 
 
 def test_the_bar_of_several_losses_shows_their_values(bar):
-    outer = (PROBLEM.outer_loss, lambda w, a, b: w**2)
+    outer = (TO_ONE.outer_loss, lambda w, a, b: w**2)
     run_loop(
-        hg.Bilevel(PROBLEM.inner_loss, outer), hg.Implicit(hg.Newton()),
+        hg.Bilevel(TO_ONE.inner_loss, outer), hg.Implicit(hg.Newton()),
         optax.sgd(0.1), 0.0, 3.0, num_steps=1, progress=True,
         aggregator=hg.objectives.WeightedSum(jnp.array([0.5, 0.5])),
     )  # fmt: skip
@@ -156,13 +155,6 @@ def test_a_missing_rich_names_the_extra(monkeypatch, function):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r"hypergrad-jax\[display\]"):
         function(progress=True)
-
-
-def test_a_bar_is_refused_inside_jit():
-    loop = hg.OuterLoop(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.1))
-    train = lambda alpha: loop.run(loop.init(0.0, alpha), num_steps=2, progress=True)
-    with pytest.raises(TypeError, match="progress"):
-        jax.vmap(train)(jnp.ones(2))
 
 
 def test_the_time_left_ignores_what_came_before_the_first_update():

@@ -10,16 +10,15 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.estimators.base import REASONS
-from tests.loops import ExactEstimator, run_loop
+from tests.loops import TO_ONE, ExactEstimator, run_loop
 
 TRUSTED = np.array([True, False, True, False, False])
 
 
 def run(alpha=3.0, num_steps=5, **options) -> hg.Trace:
-    problem = hg.Bilevel(lambda w, a, b: (w - a) ** 2, lambda w, a, b: (w - 1.0) ** 2)
-    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=TRUSTED)
+    estimator = ExactEstimator(trusted=TRUSTED)
     return run_loop(
-        problem, estimator, optax.sgd(0.1), 0.0, alpha, num_steps=num_steps, **options
+        TO_ONE, estimator, optax.sgd(0.1), 0.0, alpha, num_steps=num_steps, **options
     )
 
 

@@ -126,20 +126,6 @@ def test_a_module_gets_the_names_of_both_libraries_that_split_it():
         ENTRY_POINTS["hypergradient"]({"x": jax.nn.relu}, {"x": jnp.zeros(2)})
 
 
-SETTINGS_FROM_ZERO = {
-    "tolerance": lambda x: hg.Newton(tolerance=x),
-    "rtol": lambda x: hg.CG(rtol=x),
-    "damping": lambda x: hg.NystromCG(2, damping=x),
-}
-
-
-@pytest.mark.parametrize("value", [-1.0, jnp.array(-1.0)], ids=["number", "array"])
-@pytest.mark.parametrize("name", SETTINGS_FROM_ZERO)
-def test_a_negative_tolerance_is_refused_also_as_an_array(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must be at least 0; got"):
-        SETTINGS_FROM_ZERO[name](value)
-
-
 @pytest.mark.parametrize("on_host", [True, False])
 def test_nan_is_found_by_numpy_and_on_the_device(monkeypatch, on_host):
     """An array on an accelerator is not transferred, but compared there."""
@@ -167,20 +153,3 @@ def test_a_loss_with_an_array_as_a_field_is_refused():
     hg.Bilevel(Scaled(2.0), Scaled(1.0))
     with pytest.raises(TypeError, match="inner_loss must be hashable"):
         hg.Bilevel(Scaled(jnp.ones(3)), Scaled(1.0))
-
-
-class SolverWithoutStats:
-    """Returns ``w`` and an output that is no dictionary of statistics."""
-
-    def __init__(self, stats):
-        self.stats = stats
-
-    def solve(self, inner_loss, w, alpha, data, key):
-        return w, self.stats
-
-
-@pytest.mark.parametrize("stats", [None, (1, 2)], ids=["None", "tuple"])
-def test_a_solver_without_a_dictionary_of_statistics_is_refused(stats):
-    gradient_fn = hg.hypergradient(PROBLEM, hg.Implicit(SolverWithoutStats(stats)))
-    with pytest.raises(TypeError, match=r"SolverWithoutStats\.solve .* statistics"):
-        gradient_fn({"x": jnp.zeros(2)}, {"x": jnp.ones(2)})

@@ -59,22 +59,6 @@ def test_unrolling_uses_a_batch_per_step_and_pass(batch_size, dtype, checkpoint)
     assert num_examples(problem, estimator, dtype) == by_hand
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "outer_batch_size"), [(None, None), (13, 3)], ids=["full", "batches"]
-)
-def test_implicit_uses_its_batches_in_every_product(batch_size, outer_batch_size):
-    """5 steps, 4 products (the last gives the cross term) and an outer gradient."""
-    estimator = hg.Implicit(
-        SOLVER,
-        hg.Neumann(4, 0.1),
-        adjoint_batch_size=batch_size,
-        outer_batch_size=outer_batch_size,
-        estimate_error=False,
-    )
-    by_hand = 5 * 5 + 4 * (batch_size or N) + (outer_batch_size or N_VAL)
-    assert num_examples(make_problem(5, 7), estimator) == by_hand
-
-
 COUNTS = {
     "num_grads": 2,
     "num_hvps": 3,
@@ -125,20 +109,6 @@ def test_a_reverse_pass_stores_every_step():
     memory = hg.cost.memory(jax.grad(scan_tanh), MATRIX, VECTOR)
     assert stored <= memory.temporaries < 4 * stored
     assert hg.cost.memory(scan_tanh, MATRIX, VECTOR).temporaries < 0.1 * stored
-
-
-def test_checkpoints_of_unrolling_save_memory():
-    """About ``2 sqrt(T)`` carries are stored instead of T."""
-    inner = lambda w, alpha, batch: 0.5 * jnp.sum((jnp.tanh(w) - jnp.exp(alpha)) ** 2)
-    problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(w**2))
-    solver = hg.Descent(optax.sgd(0.1), NUM_STEPS)
-
-    def peak(checkpoint):
-        estimator = hg.Unrolled(solver, checkpoint=checkpoint)
-        return hg.cost.memory(hg.hypergradient(problem, estimator), VECTOR, VECTOR).peak
-
-    assert peak(False) > 8 * NUM_STEPS * SIZE
-    assert peak(True) < 0.5 * peak(False)
 
 
 def test_the_memory_of_a_donated_argument_is_reused():

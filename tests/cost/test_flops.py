@@ -69,9 +69,9 @@ def test_an_operation_counts_as_by_hand(name):
     assert expected is None or flops.total() == expected
 
 
-def test_exponentials_and_roots_are_also_counted_separately():
+def test_exponentials_and_roots_count_once():
     flops = hg.cost.flops(lambda x: jnp.exp(x) + jnp.sqrt(x) * x, jnp.ones(5))
-    assert (flops.fixed, flops.transcendentals) == (20, 10)
+    assert flops.fixed == 20
 
 
 @pytest.mark.parametrize("name", ["tanh", "arcsin", "arccos", "arctanh"])
@@ -181,8 +181,7 @@ def test_shard_map_counts_an_iteration_of_a_loop_on_all_devices():
     sharded = jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
     x = jnp.ones((8, 3))
     (actual,), (expected,) = (hg.cost.flops(f, x).loops for f in (sharded, function))
-    assert (actual.flops, actual.transcendentals) == (48, 24)
-    assert actual[1:] == expected[1:]
+    assert actual.flops == expected.flops == 48
 
 
 # Loops.
@@ -221,12 +220,6 @@ def test_the_gradient_of_a_scan_counts_both_passes(num_steps, checkpoint):
 
 def xla_flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
-
-
-def test_the_analysis_of_xla_counts_a_loop_once():
-    """If this fails, XLA has learned to count and the package can use its analysis."""
-    run = lambda n: xla_flops(lambda A, x: power(A, x, n), MATRIX, VECTOR)
-    assert run(100) == pytest.approx(run(10), rel=0.01)
 
 
 def test_a_while_loop_counts_by_its_iterations():

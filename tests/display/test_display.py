@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +12,16 @@ import pytest
 import hypergrad as hg
 from hypergrad.estimators.base import REASONS, make_estimate
 from tests.display.printed_tables import read_html, read_text
-from tests.loops import ExactEstimator, run_loop
+from tests.loops import TO_ONE, ExactEstimator, Stateless, run_loop
 
-PROBLEM = hg.Bilevel(lambda w, a, b: (w - a) ** 2, lambda w, a, b: (w - 1.0) ** 2)
-IMPLICIT = hg.hypergradient(PROBLEM, hg.Implicit(hg.Newton()))
+IMPLICIT = hg.hypergradient(TO_ONE, hg.Implicit(hg.Newton()))
 TRUSTED = np.array([True, False, True, False, False])
 
 
 def run(alpha=3.0, num_steps=5, **options) -> hg.Trace:
-    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=TRUSTED)
+    estimator = ExactEstimator(trusted=TRUSTED)
     return run_loop(
-        PROBLEM, estimator, optax.sgd(0.1), 0.0, alpha, num_steps=num_steps, **options
+        TO_ONE, estimator, optax.sgd(0.1), 0.0, alpha, num_steps=num_steps, **options
     )
 
 
@@ -37,7 +35,7 @@ def make_result(value=0.5, alpha=(3.0, 4.0), **flags) -> hg.Estimate:
 
 
 def certify(w=1.5, alpha=1.0) -> hg.Certificate:
-    return hg.certify(PROBLEM, w, alpha)
+    return hg.certify(TO_ONE, w, alpha)
 
 
 RESULT_FNS = {
@@ -130,8 +128,8 @@ def test_a_trace_prints_values_trust_cost_and_metrics():
 
 
 def test_a_failed_run_prints_the_steps_that_were_made():
-    estimator = ExactEstimator(lambda alpha, data: alpha)
-    trace = run_loop(PROBLEM, estimator, optax.sgd(1e200), 0.0, 3.0, num_steps=9)
+    estimator = ExactEstimator()
+    trace = run_loop(TO_ONE, estimator, optax.sgd(1e200), 0.0, 3.0, num_steps=9)
     table = read_text(trace)
     assert table["status"].startswith("stopped: ")
     assert "hg.diagnose" in table["status"]
@@ -174,7 +172,7 @@ def test_a_wild_estimate_is_named(error):
 
 def test_the_rows_of_a_search_are_trials():
     trace = hg.search(
-        PROBLEM, hg.Newton(), hg.searchers.Random(), 0.0,
+        TO_ONE, hg.Newton(), hg.searchers.Random(), 0.0,
         space=hg.spaces.Interval(0.0, 2.0), budget=20,
     )  # fmt: skip
     table = read_text(trace)
@@ -187,8 +185,8 @@ def test_the_rows_of_a_search_are_trials():
 
 
 def test_a_continued_and_sparse_run_prints_the_numbers_of_its_steps():
-    estimator = ExactEstimator(lambda alpha, data: alpha)
-    loop = hg.OuterLoop(PROBLEM, estimator, optax.sgd(0.1))
+    estimator = ExactEstimator()
+    loop = hg.OuterLoop(TO_ONE, estimator, optax.sgd(0.1))
     earlier = loop.run(loop.init(0.0, 3.0), num_steps=3)
     trace = loop.run(earlier.state, num_steps=20, record_every=2)
     table = read_text(trace)
@@ -200,7 +198,7 @@ def test_a_continued_and_sparse_run_prints_the_numbers_of_its_steps():
 def test_several_outer_losses_print_a_list():
     """No value is the lowest of several losses."""
     outer = (lambda w, a, b: w**2, lambda w, a, b: (w - 1.0) ** 2)
-    problem = hg.Bilevel(PROBLEM.inner_loss, outer)
+    problem = hg.Bilevel(TO_ONE.inner_loss, outer)
     estimate = hg.hypergradient(problem, hg.Implicit(hg.Newton()))(0.0, 3.0)
     assert read_text(estimate)["value"] == "[9, 4]"
     assert read_text(estimate)["hypergradient"] == "[6, 4]"
@@ -215,7 +213,7 @@ def test_a_certificate_prints_the_conditions_that_failed():
     table = read_text(certify(3.0, 3.0))
     assert table["trusted"] == "True"
     assert "reasons" not in table
-    certificate = hg.certify(PROBLEM, 1.0, 1.5, 3.0)
+    certificate = hg.certify(TO_ONE, 1.0, 1.5, 3.0)
     table = read_text(certificate)
     assert table["trusted"] == "False"
     assert table["reasons"] == " ".join(certificate.reasons)
@@ -233,7 +231,7 @@ def test_a_certificate_is_trusted_if_no_flag_is_set():
         lambda w, a, b: w[0] ** 2 - w[1] ** 2 + a * jnp.sum(w), lambda w, a, b: w @ w
     )
     lost = hg.Bilevel(
-        lambda w, a, b: (w - a) ** 2 + 0.0 * jnp.sign(w), PROBLEM.outer_loss
+        lambda w, a, b: (w - a) ** 2 + 0.0 * jnp.sign(w), TO_ONE.outer_loss
     )
     points = {"saddle": (saddle, jnp.ones(2)), "lost": (lost, 1.0)}
     results = {
@@ -345,20 +343,15 @@ def test_the_fields_of_an_empty_trace_print():
 
 def test_an_unknown_cost_is_not_zero():
     """An estimator of another author may count nothing."""
-
-    class Uncounted(eqx.Module):
-        def init(self, problem, w, alpha, key=None):
-            return ()
-
-        def estimate(self, problem, state, alpha, key):
-            return hg.Estimate((alpha - 1.0) ** 2, 2 * (alpha - 1.0), alpha), state
-
-    trace = hg.minimize(PROBLEM, Uncounted(), optax.sgd(0.1), 0.0, 3.0, num_steps=3)
+    uncounted = Stateless(
+        lambda w, alpha, key: hg.Estimate((alpha - 1.0) ** 2, 2 * (alpha - 1.0), alpha)
+    )
+    trace = hg.minimize(TO_ONE, uncounted, optax.sgd(0.1), 0.0, 3.0, num_steps=3)
     assert "gradient-equivalents" not in read_text(trace).get("cost", "")
 
 
 def test_a_certificate_of_a_hypergradient_that_is_not_finite_has_one_reason():
-    certificate = hg.certify(PROBLEM, 1.5, 1.5, jnp.nan)
+    certificate = hg.certify(TO_ONE, 1.5, 1.5, jnp.nan)
     assert [name for name, failed in certificate.flags.items() if failed] == [
         "not_finite"
     ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +10,7 @@ import hypergrad as hg
 from hypergrad.display.tables import format_numbers
 from hypergrad.estimators.base import REASONS
 from tests.display.printed_tables import read_html, read_text
+from tests.loops import TO_ONE, TO_ZERO, Stateless
 
 
 def make_batch(values, **fields) -> hg.Trace:
@@ -81,32 +81,20 @@ def test_a_batch_prints_without_its_large_leaves():
 def test_a_failed_row_without_a_cost_is_printed():
     """The table in a terminal counts the rows that the table in a notebook counts."""
 
-    class Failing(eqx.Module):
-        def init(self, problem, w, alpha, key=None):
-            return w
+    def fail_below(w, alpha, key):
+        value = jnp.where(alpha < 0.9, jnp.nan, alpha**2)
+        return hg.Estimate(value, 2 * alpha, w, {})
 
-        def estimate(self, problem, w, alpha, key):
-            value = jnp.where(alpha < 0.9, jnp.nan, alpha**2)
-            return hg.Estimate(value, 2 * alpha, w, {}), w
-
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(w**2),
-    )
-    trace = hg.minimize(problem, Failing(), optax.sgd(0.1), 0.0, 1.0, num_steps=5)
+    failing = Stateless(fail_below)
+    trace = hg.minimize(TO_ZERO, failing, optax.sgd(0.1), 0.0, 1.0, num_steps=5)
     assert read_text(trace)["steps"] == read_html(trace)["steps"] == "2 of 5"
     assert trace.last_row == 1
-
-
-PROBLEM = hg.Bilevel(
-    lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1.0) ** 2
-)
 
 
 def run_with_metrics(metrics):
     """Returns the trace of seven steps, of which 0, 2, 4 and 6 are evaluated."""
     loop = hg.OuterLoop(
-        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25)),
+        *(TO_ONE, hg.Implicit(hg.Newton()), optax.sgd(0.25)),
         metrics=metrics,
         eval_every=2,
     )
@@ -142,7 +130,7 @@ def test_a_part_of_a_run_does_not_evaluate_its_last_row():
 
 def test_a_metric_of_a_search_is_evaluated_in_every_trial():
     trace = hg.search(
-        *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
+        *(TO_ONE, hg.Newton(), hg.searchers.Grid(3), 0.0),
         space=hg.spaces.Box(2.0, 4.0),
         budget=1e18,
         metrics={"log": lambda w, alpha, key: jnp.log(-w)},
@@ -155,7 +143,7 @@ def test_a_metric_of_a_search_is_evaluated_in_every_trial():
 def test_a_metric_of_a_search_is_that_of_the_best_trial():
     """The first trial has the lowest value, and the last one the lowest metric."""
     trace = hg.search(
-        *(PROBLEM, hg.Newton(), hg.searchers.Grid(3), 0.0),
+        *(TO_ONE, hg.Newton(), hg.searchers.Grid(3), 0.0),
         space=hg.spaces.Box(2.0, 4.0),
         budget=1e18,
         metrics={"negative": lambda w, alpha, key: -alpha},
@@ -168,7 +156,7 @@ def test_a_metric_of_a_search_is_that_of_the_best_trial():
 
 def test_the_total_cost_is_summed_in_float64():
     trace = hg.minimize(
-        *(PROBLEM, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0), num_steps=50
+        *(TO_ONE, hg.Implicit(hg.Newton()), optax.sgd(0.25), 0.0, 3.0), num_steps=50
     )
     costs = np.full(50, 1000001.0, np.float32)
     stats = trace.stats | {"gradient_equivalents": costs}

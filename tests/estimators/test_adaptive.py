@@ -20,7 +20,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
     two_losses,
 )
-from hypergrad.implicit.differentiation import implicit_hypergradient
+from hypergrad.implicit.differentiation import Point, implicit_hypergradient
 from hypergrad.problem import EstimateData
 from hypergrad.trees import relative_error
 from tests.estimator_cases import (
@@ -216,10 +216,8 @@ def min_cost(max_error):
 
     @jax.jit
     def differentiate(w, rtol):
-        result = implicit_hypergradient(
-            problem, hg.CG(rtol), w, alpha, problem.inner_data, problem.outer_data,
-            jnp.zeros_like(w),
-        )  # fmt: skip
+        point = Point(problem, w, alpha, problem.inner_data, problem.outer_data)
+        result = implicit_hypergradient(point, hg.CG(rtol), jnp.zeros_like(w))
         return result.hypergradient, result.linear_stats["num_products"]
 
     points, costs = trajectory(), []
@@ -581,8 +579,8 @@ def test_a_step_out_of_the_domain_is_not_the_fault_of_the_adjoint():
     inner = lambda w, alpha, batch: alpha * 2 / 3 * w**1.5 - w
     problem = hg.Bilevel(inner, lambda w, alpha, batch: 0.5 * (w - 2.0) ** 2)
     estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 10))
-    flags = hg.hypergradient(problem, estimator)(100.0, 1.0).flags
-    assert {name for name, flag in flags.items() if flag} == {"inner_error"}
+    estimate = hg.hypergradient(problem, estimator)(100.0, 1.0)
+    assert failed_checks(estimate) == {"inner_error"}
 
 
 def test_nan_ends_the_rounds():
@@ -617,6 +615,19 @@ def test_unusable_options_are_errors(name, solver, options):
     """The error is raised by the constructor and names the argument."""
     with pytest.raises((ValueError, TypeError), match=name):
         hg.Implicit(solver, **({"rtol": 0.1} | options))
+
+
+def test_a_solver_without_steps_is_differentiated_where_it_starts():
+    """The adjoint is solved in a first round, though nothing can move ``w = 3``."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: 0.5 * (w - 3 * alpha) ** 2,
+        lambda w, alpha, batch: 0.5 * w**2,
+    )
+    estimator = hg.Implicit(hg.Descent(sgd(0.5), 0), rtol=1e-3)
+    estimate = run_estimator(problem, estimator, jnp.array(3.0), jnp.array(1.0))
+    assert estimate.value == 4.5
+    assert estimate.hypergradient == pytest.approx(9.0)
+    assert estimate.trusted
 
 
 def test_newton_steps_need_all_inner_data():

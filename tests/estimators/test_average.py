@@ -1,6 +1,5 @@
 """Tests of `Average`: means over samples, and their standard error."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +8,13 @@ import pytest
 
 import hypergrad as hg
 from benchmarks.shared.reference_problems import (
-    dense,
-    error,
     get_reference,
-    quadratic,
     ridge,
-    two_losses,
 )
 from hypergrad.cost.counts import cost_stats
 from hypergrad.estimators.error_estimates import standard_error
-from tests.loops import run_loop
+from tests.estimator_cases import failed_checks
+from tests.loops import TO_ONE, TO_ZERO, Stateless, run_loop
 
 
 def with_batches(reference, batch_size=None):
@@ -30,10 +26,6 @@ def with_batches(reference, batch_size=None):
         hg.Batches(problem.inner_data, batch_size),
         hg.Batches(problem.outer_data),
     )
-
-
-def failed_flags(estimate: hg.Estimate) -> set[str]:
-    return {name for name, flag in estimate.flags.items() if flag}
 
 
 def test_an_average_equals_a_loop_over_its_samples():
@@ -66,7 +58,7 @@ def test_an_average_equals_a_loop_over_its_samples():
     np.testing.assert_allclose(estimate.stats["gradient_equivalents"], total)
     assert estimate.stats["num_inner_steps"] == 5
     assert all(sample.trusted for sample in samples)
-    assert failed_flags(estimate) == {"standard_error"}
+    assert failed_checks(estimate) == {"standard_error"}
 
 
 def test_every_sample_counts_as_often_as_the_slowest():
@@ -90,29 +82,20 @@ def test_every_sample_counts_as_often_as_the_slowest():
     assert estimate.stats["num_hvps"] == num_samples * max(counts)
 
 
-class SlowInTwoWays:
-    """An estimator with few gradients and many products, or the reverse."""
-
-    def init(self, problem, w, alpha, key=None):
-        return w
-
-    def estimate(self, problem, w, alpha, key):
-        is_first = jax.random.bits(key) % 2 == 0
-        calls = {
-            "num_grads": jnp.where(is_first, 10.0, 100.0),
-            "num_hvps": jnp.where(is_first, 100.0, 10.0),
-        }
-        stats = cost_stats(problem.inner_data, problem.outer_data, **calls)
-        return hg.Estimate(alpha**2, alpha, w, stats), w
+def slow_in_two_ways(w, alpha, key):
+    """An estimate with few gradients and many products, or the reverse."""
+    is_first = jax.random.bits(key) % 2 == 0
+    calls = {
+        "num_grads": jnp.where(is_first, 10.0, 100.0),
+        "num_hvps": jnp.where(is_first, 100.0, 10.0),
+    }
+    return hg.Estimate(alpha**2, alpha, w, cost_stats(None, None, **calls))
 
 
 def test_the_cost_of_samples_is_that_of_their_executed_calls():
     """The largest numbers of gradients and of products are of different samples."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
-    )
-    average = hg.Average(SlowInTwoWays(), 16)
-    stats = hg.hypergradient(problem, average)(0.0, 1.0).stats
+    average = hg.Average(Stateless(slow_in_two_ways), 16)
+    stats = hg.hypergradient(TO_ZERO, average)(0.0, 1.0).stats
     assert (stats["num_grads"], stats["num_hvps"]) == (1600, 1600)
     assert stats["gradient_equivalents"] == 1600 + 2 * 1600
 
@@ -154,43 +137,17 @@ def test_the_standard_error_is_the_scatter_of_means():
     np.testing.assert_allclose(np.mean(estimated**2), actual.mean(), rtol=0.15)
 
 
-def test_equal_samples_are_trusted():
-    """Without noise the average is the estimate itself, with K losses and pytrees."""
-    reference = quadratic("nested")
-    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
-    solver = hg.Descent(optax.sgd(reference.step), 200)
-    average = hg.Average(hg.Implicit(solver), num_samples=3)
-    estimate = hg.hypergradient(problem, average)(reference.w, reference.alpha)
-    expected = dense(problem, reference.w, reference.alpha)
-    assert error(estimate.hypergradient, expected["hypergradient"]) < 1e-9
-    np.testing.assert_allclose(estimate.value, expected["value"], rtol=1e-9)
-    assert estimate.stats["standard_error"] < 1e-12
-    assert estimate.trusted
-
-
-class MinimalEstimator(eqx.Module):
-    """An estimator that returns nothing but the required fields."""
-
-    def init(self, problem, w, alpha, key=None):
-        return w
-
-    def estimate(self, problem, state, alpha, key):
-        value, _, direct = problem.outer_value_and_grads(state, alpha, None)
-        return hg.Estimate(value, direct, state), state
-
-
 def test_estimators_without_statistics_can_be_averaged():
     """An estimator that checks nothing is averaged, and not trusted."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(alpha**2),
+    minimal = Stateless(
+        lambda w, alpha, key: hg.Estimate(jnp.sum(alpha**2), 2 * alpha, w)
     )
-    average = hg.Average(MinimalEstimator(), 2)
+    average = hg.Average(minimal, 2)
     assert average.target == "argmin"
     assert np.isnan(average.error_bound(0.5, 1.5))
-    estimate = hg.hypergradient(problem, average)(jnp.ones(2), jnp.ones(2))
+    estimate = hg.hypergradient(TO_ZERO, average)(jnp.ones(2), jnp.ones(2))
     np.testing.assert_array_equal(estimate.hypergradient, [2.0, 2.0])
-    assert failed_flags(estimate) == {"unchecked"}
+    assert failed_checks(estimate) == {"unchecked"}
 
 
 @pytest.mark.parametrize("num_samples", [1, 2.5])
@@ -200,11 +157,7 @@ def test_num_samples_must_be_at_least_two(num_samples):
         hg.Average(hg.Implicit(hg.Newton()), num_samples)
 
 
-def test_unsuitable_estimators_raise():
-    """Solvers, classes and single steps of a single-loop method are rejected."""
-    for estimator in (hg.Newton(), hg.Implicit):
-        with pytest.raises(TypeError, match="estimator"):
-            hg.Average(estimator)
+def test_single_steps_of_a_single_loop_method_are_not_averaged():
     average = hg.Average(hg.SOBA(optax.sgd(0.1)))
     with pytest.raises(TypeError, match="single-loop"):
         hg.hypergradient(get_reference("ridge scalar").problem, average)
@@ -248,25 +201,8 @@ def test_a_certificate_does_not_judge_another_sample_than_an_average_saw():
 
 
 def test_equal_samples_of_a_zero_hypergradient_are_trusted():
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1.0) ** 2
-    )
     estimator = hg.Average(hg.Implicit(hg.Newton()), 2)
-    estimate = hg.hypergradient(problem, estimator)(1.0, 1.0)
+    estimate = hg.hypergradient(TO_ONE, estimator)(1.0, 1.0)
     assert estimate.hypergradient == 0
     assert estimate.stats["standard_error"] == 0
     assert not estimate.flags["standard_error"]
-
-
-def test_an_average_of_a_recursive_method_needs_fixed_outer_data():
-    """As the method itself does."""
-    problem = hg.Bilevel(
-        lambda w, alpha, x: (w - alpha) ** 2,
-        lambda w, alpha, x: x * w**2,
-        outer_data=jnp.ones(()),
-    )
-    method = hg.SRBA(optax.sgd(0.1), period=4)
-    options = {"outer_data_fn": lambda step, x: x / (1 + step)}
-    for estimator in (method, hg.Average(method, 2)):
-        with pytest.raises(ValueError, match=r"outer_data_fn must be None for SRBA"):
-            hg.OuterLoop(problem, estimator, optax.sgd(0.1), **options)

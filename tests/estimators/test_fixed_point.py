@@ -15,11 +15,8 @@ from benchmarks.shared.reference_problems import (
     quadratic,
 )
 from hypergrad.estimators.error_estimates import remaining_change
-
-
-def run_estimator(reference, estimator, w=None):
-    w = reference.w if w is None else w
-    return hg.hypergradient(reference.problem, estimator)(w, reference.alpha)
+from tests.estimator_cases import failed_checks, run_estimator
+from tests.loops import TO_ZERO
 
 
 @pytest.mark.parametrize(
@@ -83,7 +80,7 @@ def test_an_early_stop_is_flagged(num_steps, num_terms, failed):
     solver = hg.Descent(optax.sgd(reference.step), num_steps)
     estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms))
     assert error(estimate.hypergradient, reference.exact(reference.alpha)) > 0.02
-    assert [name for name, flag in estimate.flags.items() if flag] == [failed]
+    assert failed_checks(estimate) == {failed}
 
 
 @pytest.mark.parametrize(("num_steps", "num_terms"), [(20, 200), (200, 40), (60, 60)])
@@ -229,13 +226,9 @@ def lbfgs_of(alpha):
 )
 def test_a_line_search_made_from_alpha_is_refused(make_estimator):
     """What an optimizer contains that is made from alpha shows in its state only."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(w**2),
-    )
     estimator = make_estimator(hg.Descent(lbfgs_of, 3))
     with pytest.raises(ValueError, match="solver"):
-        estimator.init(problem, jnp.ones(2), jnp.asarray(0.1))
+        estimator.init(TO_ZERO, jnp.ones(2), jnp.asarray(0.1))
 
 
 # Hyperparameters in the state of the optimizer.

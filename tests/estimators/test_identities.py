@@ -15,12 +15,7 @@ from benchmarks.shared.reference_problems import (
     quadratic,
     quadratic_outer,
 )
-
-
-def run_estimator(reference, estimator, w=None):
-    w = reference.w if w is None else w
-    return hg.hypergradient(reference.problem, estimator)(w, reference.alpha)
-
+from tests.estimator_cases import run_estimator
 
 # Equal results.
 
@@ -39,16 +34,6 @@ def test_truncation_equals_the_neumann_series():
         truncated = hg.Unrolled(solver, num_terms, checkpoint)
         actual = run_estimator(REFERENCE, truncated, solution).hypergradient
         assert error(actual, expected) < 1e-12
-
-
-def test_checkpoints_do_not_change_the_derivative():
-    """The number of steps need not be a square, nor a multiple of the segments."""
-    solver = hg.Descent(optax.sgd(0.05, momentum=0.9), 50)
-    with_checkpoints, without = (
-        run_estimator(REFERENCE, hg.Unrolled(solver, checkpoint=checkpoint))
-        for checkpoint in (True, False)
-    )
-    assert error(with_checkpoints.hypergradient, without.hypergradient) < 1e-12
 
 
 def test_truncation_to_all_steps_is_no_truncation():
@@ -70,6 +55,7 @@ def test_no_steps_leave_the_direct_term():
         reference.w, reference.alpha, reference.problem.outer_data
     )
     assert error(estimate.hypergradient, expected) < 1e-15
+    assert estimate.trusted
 
 
 # Warm starts.
@@ -83,6 +69,7 @@ CONSTANT_SGD = optax.sgd(0.05)
     ("kind", "optimizer", "warm_start", "is_warm"),
     [
         pytest.param(hg.Implicit, CONSTANT_SGD, True, True, id="Implicit, warm"),
+        pytest.param(hg.Implicit, CONSTANT_SGD, False, False, id="Implicit, cold"),
         pytest.param(hg.Unrolled, CONSTANT_SGD, None, True, id="Unrolled, default"),
         pytest.param(hg.Unrolled, CONSTANT_SGD, False, False, id="Unrolled, cold"),
         pytest.param(hg.Unrolled, TUNED_SGD, None, False, id="tuned, default"),

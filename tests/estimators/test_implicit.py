@@ -29,6 +29,7 @@ from tests.estimator_cases import (
     RIDGE_DATA,
     batch_hypergradient,
     converging_descent,
+    counted,
     counting_problem,
     failed_checks,
     gradient_equivalents,
@@ -275,16 +276,11 @@ def test_no_trusted_estimate_is_far_off(name, linear_solver):
     assert np.all(trusted[errors < 1e-4])
 
 
-@pytest.mark.parametrize(
-    ("linear_solver", "certify"),
-    [
-        pytest.param(hg.CG(), False, id="CG"),
-        # Other solvers do not find the curvature of directions that b lacks.
-        pytest.param(lx.LU(), True, id="LU, certified"),
-    ],
-)
-def test_error_along_a_flat_direction_is_not_trusted(linear_solver, certify):
-    """Curvatures 300 and 1; w is off along the second, where b is small."""
+def test_error_along_a_flat_direction_is_not_trusted():
+    """Curvatures 300 and 1; w is off along the second, where b is small.
+
+    LU alone does not find the curvature of directions that b lacks.
+    """
     inner = lambda w, alpha, batch: (
         0.5 * jnp.sum((batch["h"] + alpha) * w**2) - jnp.sum(w)
     )
@@ -292,7 +288,7 @@ def test_error_along_a_flat_direction_is_not_trusted(linear_solver, certify):
     w_star = jnp.array([1 / 300, 1.0])
     data = {"h": jnp.array([300.0, 1.0]), "w": w_star + jnp.array([0.0, 1.0])}
     problem = hg.Bilevel(inner, outer, data, {"c": jnp.array([1.0, 0.01])})
-    estimator = hg.Implicit(hg.ClosedForm(stored_w), linear_solver, certify=certify)
+    estimator = hg.Implicit(hg.ClosedForm(stored_w), lx.LU(), certify=True)
     estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.zeros(2))
     exact = -w_star * jnp.array([1 / 300, 0.01])
     assert error(estimate.hypergradient, exact) > 0.9
@@ -309,24 +305,16 @@ def test_small_error_of_w_near_the_outer_optimum_is_not_trusted():
     assert failed_checks(estimate) == {"inner_error"}
 
 
-def test_large_part_of_w_does_not_hide_the_error_of_a_small_one():
-    """An offset of 1e4 on which nothing depends, next to a part that is 99% off."""
-    inner = lambda w, alpha, batch: 0.5 * (w[0] - 1e4) ** 2 + 0.5 * (w[1] - alpha) ** 2
-    outer = lambda w, alpha, batch: 0.5 * w[1] ** 2
-    estimator = hg.Implicit(hg.Descent(sgd(0.01), 1))
-    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
-    assert failed_checks(gradient_fn(jnp.array([1e4, 0.0]), 1.0)) == {"inner_error"}
-
-
 def test_zero_outer_gradient_does_not_hide_the_inner_error():
     """``dM/dw`` vanishes at w = 1, where the solver starts and stops; ``w* = 3``."""
     inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
     outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
-    estimator = hg.Implicit(hg.Descent(sgd(0.1), 0), lx.LU())
-    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
-    estimate = gradient_fn(jnp.ones(2), jnp.full(2, 3.0))
-    assert not np.any(estimate.hypergradient)
-    assert not estimate.trusted
+    for linear_solver in (hg.CG(), lx.LU()):
+        estimator = hg.Implicit(hg.Descent(sgd(0.1), 0), linear_solver)
+        gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
+        estimate = gradient_fn(jnp.ones(2), jnp.full(2, 3.0))
+        assert not np.any(estimate.hypergradient)
+        assert not estimate.trusted
 
 
 def stationary_inner(w, alpha, batch):
@@ -362,6 +350,7 @@ ONE_STEP = hg.Descent(sgd(0.1), 1)
         ("CG", [1.0, 1.0, 1.0], False),
         ("NystromCG", [1.0, 1.0, 1.0], False),
         ("BiCGStab", [1.0, 1.0, 1.0], True),
+        ("MINRES", [1.0, 1.0, 1.0], False),
     ],
 )
 def test_saddle_is_not_trusted(name, target, certify):
@@ -395,6 +384,11 @@ def test_inaccurate_adjoint_is_not_trusted(linear_solver):
     assert not error(estimate.hypergradient, exact) < 0.01
     assert estimate.stats["adjoint_residual"] > 0.01
     assert "adjoint_residual" in failed_checks(estimate)
+
+
+def test_a_converging_series_is_trusted():
+    estimator = hg.Implicit(QUADRATIC_FORMULA, hg.Neumann(100, 0.1))
+    assert run_estimator(QUADRATIC, estimator).trusted
 
 
 def test_worst_of_several_losses_decides():
@@ -657,26 +651,17 @@ def test_minres_uses_the_scaling_that_the_error_estimate_needs(options, num_save
 @pytest.mark.parametrize("linear_solver", [hg.CG(), hg.Neumann(5)])
 def test_each_of_several_outer_losses_is_evaluated_twice(linear_solver):
     """Once at ``w`` and once at the corrected point of its own."""
-    calls = []
-
-    def counting(name, loss):
-        def counting_loss(w, alpha, batch):
-            # The argument makes a batch of points count as several calls.
-            jax.debug.callback(lambda w: calls.append(name), w)
-            return loss(w, alpha, batch)
-
-        return counting_loss
-
     data = ridge_with_few_outer_examples(None)
-    losses = tuple(counting(k, loss) for k, loss in enumerate(SEVERAL_LOSSES))
+    pairs = [counted(loss, per_point=True) for loss in SEVERAL_LOSSES]
+    losses, calls = zip(*pairs, strict=True)
     problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
     estimator = hg.Implicit(hg.Descent(sgd(0.3), 12), linear_solver)
     state = estimator.init(problem, RIDGE.w, RIDGE.alpha)
     estimate = jax.jit(functools.partial(estimator.estimate, problem))
-    calls.clear()
+    assert not any(calls)
     stats = estimate(state, RIDGE.alpha, jax.random.key(0))[0].stats
     jax.effects_barrier()
-    assert sorted(calls) == [0, 0, 1, 1, 2, 2]
+    assert [*map(len, calls)] == [2, 2, 2]
     assert stats["num_outer_grads"] == 2 * 3
 
 
@@ -696,8 +681,7 @@ def test_cost_equals_the_evaluations_of_the_inner_loss(solver, linear_solver):
     Products in one batch evaluate the loss once: six for the diagonal of ``H``, two
     columns of ``J``, two at the corrected point, and three for the previous solutions.
     """
-    calls = []
-    problem = counting_problem(LOGISTIC, calls)
+    problem, calls = counting_problem(LOGISTIC)
     estimator = hg.Implicit(solver, linear_solver)
     step = jax.jit(functools.partial(estimator.estimate, problem))
     state = estimator.init(problem, LOGISTIC.w, LOGISTIC.alpha)
@@ -708,13 +692,13 @@ def test_cost_equals_the_evaluations_of_the_inner_loss(solver, linear_solver):
         jax.block_until_ready(estimate)
         jax.effects_barrier()
         stats = estimate.stats
-        counted = stats["num_hvps"] + stats["num_grads"] + stats["num_values"]
+        expected = stats["num_hvps"] + stats["num_grads"] + stats["num_values"]
         if isinstance(linear_solver, lx.GMRES):  # from its steps: an upper bound
-            assert len(calls) <= counted <= 2 * len(calls)
+            assert len(calls) <= expected <= 2 * len(calls)
         else:
             has_subspace = shift > 0 and isinstance(linear_solver, hg.CG)
             num_batched = (6 - 1) + (2 - 1) + (2 - 1) + has_subspace * (3 - 1)
-            assert counted == len(calls) + num_batched
+            assert expected == len(calls) + num_batched
 
 
 # Errors.
@@ -729,22 +713,3 @@ def test_leaf_of_alpha_that_only_the_optimizer_uses_is_an_error():
     gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(solver))
     with pytest.raises(ValueError, match=r"alpha\['rate'\]"):
         gradient_fn(jnp.zeros(2), alpha)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("linear_solver", hg.Newton()),
-        ("linear_solver", hg.CG),
-        ("damping", "0.1"),
-        ("damping", -0.1),
-        ("num_newton_steps", -1),
-        ("adjoint_batch_size", 0),
-        ("outer_batch_size", 1.5),
-        ("hvp_fn", 2.0),
-    ],
-)
-def test_invalid_options_are_errors(name, value):
-    """The error is raised by the constructor and names the argument."""
-    with pytest.raises((TypeError, ValueError), match=name):
-        hg.Implicit(hg.Newton(), **{name: value})

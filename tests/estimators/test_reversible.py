@@ -19,6 +19,7 @@ from benchmarks.shared.reference_problems import (
 from hypergrad.estimators import reversible_arithmetic as arithmetic
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import random_like, relative_error
+from tests.estimator_cases import failed_checks, run_estimator
 from tests.parameters import slow_except
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
@@ -29,11 +30,6 @@ TRUSTED = dict.fromkeys(
 
 def flags_of(estimate: hg.Estimate) -> dict[str, bool]:
     return {name: bool(flag) for name, flag in estimate.flags.items()}
-
-
-def run_estimator(reference, estimator):
-    hypergradient_fn = hg.hypergradient(reference.problem, estimator)
-    return hypergradient_fn(reference.w, reference.alpha)
 
 
 def test_equals_reverse_mode_up_to_the_resolution():
@@ -144,7 +140,7 @@ def tuned_estimate_fn():
 def test_lost_bits_are_flagged(tuned_estimate_fn, rate, momentum, failed):
     """A flag tells which promise about the integers was broken."""
     estimate = tuned_estimate_fn(rate, momentum)
-    assert failed <= {name for name, flag in estimate.flags.items() if flag}
+    assert failed <= failed_checks(estimate)
     assert estimate.trusted == (not failed)
 
 
@@ -323,29 +319,6 @@ def test_unsupported_problems_raise():
     two_losses = hg.Bilevel(inner_loss, (outer_loss, outer_loss))
     with pytest.raises(ValueError, match="outer_loss"):
         hg.hypergradient(two_losses, estimator)(w, alpha)
-
-
-def test_the_learning_rate_is_data():
-    """Another rate runs the same program, and vmap over rates equals a loop."""
-    num_traces = 0
-
-    def inner_loss(w, alpha, batch):
-        nonlocal num_traces
-        num_traces += 1
-        return 0.5 * jnp.sum((w - alpha) ** 2)
-
-    problem = hg.Bilevel(inner_loss, lambda w, alpha, batch: jnp.sum(w**2))
-    run = lambda rate: hg.hypergradient(problem, hg.Reversible(rate, 0.5, 9))(
-        jnp.zeros(3), jnp.ones(3)
-    )
-    first = run(0.1)
-    num_traces_of_first = num_traces
-    second = run(0.2)
-    assert num_traces == num_traces_of_first
-    batch = jax.vmap(run)(jnp.array([0.1, 0.2]))
-    expected = jnp.stack([first.hypergradient, second.hypergradient])
-    chex.assert_trees_all_close(batch.hypergradient, expected, rtol=1e-9)
-    assert jnp.all(batch.trusted)
 
 
 NUM_BYTES = arithmetic.num_stack_bytes(500, 0.1)

@@ -29,6 +29,7 @@ from tests.estimator_cases import (
     run_estimator,
     sgd,
 )
+from tests.loops import TO_ZERO
 from tests.parameters import slow_except
 
 
@@ -57,17 +58,6 @@ def test_only_the_full_derivative_is_trusted():
     assert full.stats["error_estimate"] == 0
     assert not truncated.trusted
     assert truncated.stats["error_estimate"] > 0
-
-
-def test_no_steps_have_a_zero_derivative():
-    """The derivative of zero steps is that of the direct term, exactly."""
-    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
-    outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
-    estimator = hg.Unrolled(hg.Descent(sgd(0.1), 0))
-    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
-    estimate = gradient_fn(jnp.zeros(2), jnp.full(2, 3.0))
-    assert not np.any(estimate.hypergradient)
-    assert estimate.trusted
 
 
 @pytest.mark.parametrize(
@@ -447,13 +437,32 @@ def test_cost_of_several_losses():
     assert stats["num_outer_grads"] == 3
 
 
+@pytest.mark.parametrize("truncation_length", [None, 2], ids=["all", "truncated"])
+def test_a_loss_without_a_finite_derivative_leaves_the_others_theirs(truncation_length):
+    """``sqrt(0 w)`` has the derivative 0 / 0; each loss has a reverse pass alone."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    square = lambda w, alpha, batch: jnp.sum(w**2)
+    root = lambda w, alpha, batch: jnp.sum(jnp.sqrt(0 * w))
+    solver, w, alpha = hg.Descent(sgd(0.1), 5), jnp.zeros(2), jnp.ones(2)
+
+    def run(losses, estimator):
+        problem = hg.Bilevel(inner, losses)
+        return hg.hypergradient(problem, estimator)(w, alpha).hypergradient
+
+    estimator = hg.Unrolled(solver, truncation_length)
+    actual = run((square, root), estimator)
+    assert np.isfinite(actual[0]).all()
+    assert np.isnan(actual[1]).all()
+    np.testing.assert_allclose(actual[0], run(square, estimator), rtol=1e-15)
+    if truncation_length is None:
+        expected = run((square, root), hg.Forward(solver))
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-14)
+
+
 def test_a_truncated_run_still_names_the_derivative_that_its_steps_lose():
     """The sign of Lion has none."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
-    )
     estimator = hg.Unrolled(hg.Descent(optax.lion(0.1), 5), 3)
-    flags = hg.hypergradient(problem, estimator)(0.0, 1.0).flags
+    flags = hg.hypergradient(TO_ZERO, estimator)(0.0, 1.0).flags
     assert flags["truncated"]
     assert flags["lost_derivative"]
 

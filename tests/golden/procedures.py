@@ -42,7 +42,6 @@ UNROLLED = {
         hg.Unrolled(DESCENT, truncation_length=50), RIDGE
     ),
     "long": (hg.Unrolled(LONG_DESCENT), problems.logistic),
-    "certified": (hg.Unrolled(DESCENT, certify=True), RIDGE),
     "cold": (hg.Unrolled(DESCENT, warm_start=False), RIDGE),
     "tuned optimizer": (hg.Unrolled(TUNED_DESCENT), problems.tuned),
     "tuned optimizer, warm": (
@@ -55,13 +54,11 @@ UNROLLED = {
     "schedule": (hg.Unrolled(DECAY), RIDGE),
     "two losses": (hg.Unrolled(DESCENT), TWO_LOSSES),
     "two losses, truncated": (hg.Unrolled(DESCENT, truncation_length=5), TWO_LOSSES),
-    "two losses, certified": (hg.Unrolled(DESCENT, certify=True), TWO_LOSSES),
     "outer batches": (hg.Unrolled(DESCENT, outer_batch_size=6), BATCHES),
     "closed form": (hg.Unrolled(FORMULA), RIDGE),
 }  # fmt: skip
 FORWARD = {
     "full": (hg.Forward(DESCENT), RIDGE),
-    "certified": (hg.Forward(DESCENT, certify=True), RIDGE),
     "cold": (hg.Forward(DESCENT, warm_start=False), RIDGE),
     "tuned optimizer": (hg.Forward(TUNED_DESCENT), problems.tuned),
     "two losses": (hg.Forward(DESCENT), TWO_LOSSES),
@@ -75,7 +72,6 @@ TUNED_REVERSIBLE = hg.Reversible(
 )
 REVERSIBLE = {
     "constants": (reversible(), RIDGE),
-    "certified": (reversible(certify=True), RIDGE),
     "cold": (reversible(warm_start=False), RIDGE),
     "outer batches": (reversible(outer_batch_size=6), BATCHES),
     "long": (hg.Reversible(0.2, 0.9, 100), problems.logistic),
@@ -155,7 +151,7 @@ UNROLLED_OR_FORWARD = {
         problems.tuned,
     ),
     "four hyperparameters": (
-        hg.unrolled_estimator(DESCENT, jnp.zeros(4), certify=True, outer_batch_size=6),
+        hg.unrolled_estimator(DESCENT, jnp.zeros(4), outer_batch_size=6),
         BATCHES,
     ),
 }

@@ -2,7 +2,7 @@
 
 import ast
 
-from tests.house.source import COVERED, ROOT, bindings, definitions, parse
+from tests.house.source import FILES, ROOT, bindings, definitions, parse
 
 #: Each forbidden identifier with the names to use instead.
 REPLACEMENTS = {
@@ -80,7 +80,7 @@ def test_bound_names_are_standard_terms():
     errors = [
         f"{path.relative_to(ROOT)}:{line}: {name!r} must be renamed. Use e.g. "
         f"{FORBIDDEN[name]}."
-        for path in COVERED
+        for path in FILES
         for name, line in bindings(path)
         if name in FORBIDDEN
     ]
@@ -92,7 +92,7 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
     errors = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: the docstring must "
         f"begin with a noun phrase or a verb; got {docstring.splitlines()[0]!r}."
-        for path in COVERED
+        for path in FILES
         for node in (parse(path), *definitions(path))
         if (docstring := ast.get_docstring(node))
         and docstring.split()[0].rstrip(",:.") in OPENINGS.split()

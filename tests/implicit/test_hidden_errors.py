@@ -118,15 +118,11 @@ def test_features_far_from_zero_in_float32_are_not_trusted(offset):
     assert num_trusted == (0 if offset else 10)
 
 
-@pytest.mark.parametrize("rtol", [None, 1e-4], ids=["limit", "tolerance"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_an_adjoint_that_still_grows_is_seen(dtype, rtol):
-    """Eigenvalues of 12 decades, each with the same part of the hypergradient, 1.
+def growing_problem(num: int, dtype: str) -> hg.Bilevel:
+    """Returns a problem with the hypergradient ``num``, the number of eigenvalues.
 
-    The exact hypergradient is the number of eigenvalues. The solve ends at its limit of
-    1,000 steps or at its tolerance, when each step still adds a little.
+    They span 12 decades, and each has the same part of the hypergradient.
     """
-    num = 20_000
 
     def inner(w, alpha, batch):
         z = rotate(w)
@@ -134,12 +130,22 @@ def test_an_adjoint_that_still_grows_is_seen(dtype, rtol):
 
     rotate = lambda w: jax.scipy.fft.dct(w, norm="ortho")
     outer = lambda w, alpha, batch: jnp.vdot(batch[0] * batch[1], rotate(w))
+    signs = jax.random.rademacher(jax.random.key(0), (num,), dtype)
+    data = jnp.logspace(-12, 0, num, dtype=dtype), signs
+    return hg.Bilevel(inner, outer, data, data)
+
+
+@pytest.mark.parametrize("rtol", [None, 1e-4], ids=["limit", "tolerance"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_adjoint_that_still_grows_is_seen(dtype, rtol):
+    """The solve ends at its limit of 1,000 steps or at its tolerance.
+
+    Each step still adds a little then.
+    """
+    num = 20_000
     estimator = hg.Implicit(NO_STEPS, hg.CG(rtol=rtol))
     with compat.enable_x64(dtype == "float64"):
-        signs = jax.random.rademacher(jax.random.key(0), (num,), dtype)
-        data = jnp.logspace(-12, 0, num, dtype=dtype), signs
-        problem = hg.Bilevel(inner, outer, data, data)
-        w = jnp.zeros(num, dtype)
+        problem, w = growing_problem(num, dtype), jnp.zeros(num, dtype)
         estimate = hg.hypergradient(problem, estimator)(w, 0.0)
         certificate = hg.certify(problem, estimate.w, 0.0, estimate)
     assert float(estimate.hypergradient) / num < 0.6
@@ -151,17 +157,7 @@ def test_an_adjoint_that_still_grows_is_seen(dtype, rtol):
 def test_an_adjoint_that_still_grew_is_missed_after_a_warm_start():
     """Known to be missed, as docs/trust.md says; a certificate sees it."""
     num = 4_000
-    signs = jax.random.rademacher(jax.random.key(0), (num,), float)
-    data = jnp.logspace(-12, 0, num), signs
-
-    def inner(w, alpha, batch):
-        z = jax.scipy.fft.dct(w, norm="ortho")
-        return 0.5 * jnp.sum(batch[0] * z**2) - alpha * jnp.vdot(batch[1], z)
-
-    def outer(w, alpha, batch):
-        return jnp.vdot(batch[0] * batch[1], jax.scipy.fft.dct(w, norm="ortho"))
-
-    problem = hg.Bilevel(inner, outer, data, data)
+    problem = growing_problem(num, "float64")
     estimator = hg.Implicit(NO_STEPS, hg.CG(rtol=1e-4))
     alpha, key = jnp.zeros(()), jax.random.key(0)
     state = estimator.init(problem, jnp.zeros(num), alpha)

@@ -7,6 +7,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.implicit.curvature_probe import probe_curvature
+from hypergrad.implicit.differentiation import Point
 from hypergrad.linear.equilibration import no_scaling
 from hypergrad.testing.trust import MIN_RECALL
 from tests.random_problems import random_matrix
@@ -45,10 +46,8 @@ def test_only_curvature_below_rounding_is_negative(lowest, expected):
     def run(H, key):
         inner = lambda w, alpha, batch: 0.5 * w @ H @ w
         w = jnp.ones(30)
-        problem = hg.Bilevel(inner, inner)
-        return probe_curvature(
-            problem, w, w, None, no_scaling(w), key, 60, curvature_max=1.0
-        )
+        point = Point(hg.Bilevel(inner, inner), w, w, None, None)
+        return probe_curvature(point, no_scaling(w), key, 60, curvature_max=1.0)
 
     spectrum = np.linspace(0.1, 1.0, 30)
     spectrum[0] = lowest

@@ -335,17 +335,3 @@ def test_invalid_settings_are_named(case: str):
     name, make = CONSTRUCTORS[case]
     with pytest.raises((TypeError, ValueError), match=name):
         make()
-
-
-def test_aggregators_cite_their_sources():
-    for value, keys in (
-        (objectives.WeightedSum(jnp.ones(2)), ["zadeh1963"]),
-        (objectives.SmoothTchebycheff(jnp.ones(2)), ["lin2024"]),
-        (objectives.MGDA(), ["desideri2012", "sener2018"]),
-        (objectives.UPGrad(), ["quinton2024"]),
-        (objectives.EPO(jnp.ones(2)), ["mahapatra2020"]),
-        (objectives.AugmentedLagrangian(1.0), ["hestenes1969", "rockafellar1973"]),
-        (objectives.hypervolume, ["zitzler1999"]),
-    ):
-        text = hg.citation(value)
-        assert not [key for key in keys if f"{{{key}," not in text]

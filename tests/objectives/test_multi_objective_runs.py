@@ -15,7 +15,6 @@ from tests.objectives.quadratics import (
     CENTERS,
     DISTANCES,
     IMPLICIT,
-    QUARTER,
     TENTH,
     assert_close,
     biquadratic,
@@ -326,9 +325,6 @@ def test_aggregators_of_another_size_are_named():
         minimize(Lagrangian(1.0), biquadratic(DISTANCES[:1]))
 
 
-TARGET = CENTERS[0] + 0.7 * SEGMENT
-
-
 def middle_loss(alpha, weights, batch):
     """Returns the weighted sum of the distances of the inner solution at ``alpha``."""
     w = hg.argmin(inner_loss, hg.Newton())(jnp.zeros(3), alpha, batch)
@@ -345,21 +341,3 @@ def test_weights_of_objectives_by_nested_argmin():
     alpha = weights @ CENTERS / jnp.sum(weights)
     exact = (CENTERS - alpha[None]) @ (2 * (alpha - target)) / jnp.sum(weights)
     np.testing.assert_allclose(jax.grad(value)(weights), exact, rtol=1e-8)
-
-
-@pytest.mark.slow
-def test_weights_of_objectives_are_learned_at_a_third_level():
-    """The learned weights (0.3, 0.7) have the target as their optimum."""
-
-    def loss(alpha, logit, batch):
-        fraction = jax.nn.sigmoid(logit)
-        return middle_loss(alpha, jnp.stack([1 - fraction, fraction]), batch)
-
-    outer_loss = lambda alpha, logit, batch: jnp.sum((alpha - TARGET) ** 2)
-    data = biquadratic().inner_data
-    trace = hg.minimize(
-        hg.Bilevel(loss, outer_loss, data, data), hg.Implicit(hg.Newton()), QUARTER,
-        jnp.zeros(3), jnp.array(0.0), num_steps=60,
-    )  # fmt: skip
-    np.testing.assert_allclose(jax.nn.sigmoid(trace.alpha), 0.7, atol=1e-6)
-    np.testing.assert_allclose(trace.w, TARGET, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.bench.timing import measure_seconds
 from hypergrad.outer_loop.block import BLOCK_SIZE, get_block_size
-from tests.loops import ExactEstimator, assert_same_bits, run_loop
+from tests.loops import TO_ONE, ExactEstimator, assert_same_bits, run_loop
 
 CURVATURE = np.array([1.0, 3.0])
 
@@ -26,15 +26,10 @@ def outer_loss(w, alpha, batch):
     return 0.5 * jnp.sum(CURVATURE * (w - 1.0) ** 2)
 
 
-def same_as_alpha(alpha, data):
-    """Returns the minimizer of `inner_loss`."""
-    return alpha
-
-
 PROBLEM = hg.Bilevel(inner_loss, outer_loss)
 ADAM = optax.adam(0.05)
 SGD = optax.sgd(0.1)
-EXACT = ExactEstimator(same_as_alpha, noise=0.1)
+EXACT = ExactEstimator(noise=0.1)
 START = (jnp.zeros(2), jnp.array([3.0, -2.0]))
 
 
@@ -175,12 +170,6 @@ def test_a_block_records_a_bounded_number_of_alphas():
         shapes = jax.ShapeDtypeStruct((size,), jnp.float64)
         state = eqx.tree_at(lambda s: s.best_alpha, run(num_steps=1).state, shapes)
         assert get_block_size(loop, state) == expected
-
-
-@pytest.mark.parametrize("name", ["budget", "time_limit", "memory_limit"])
-def test_limits_are_single_numbers(name):
-    with pytest.raises(ValueError, match=name):
-        run(num_steps=2, **{name: np.array([1.0, 2.0])})
 
 
 def test_an_infinite_budget_is_no_budget():
@@ -333,7 +322,7 @@ COSTS = np.tile([1.0, 2.5, 0.25], 200)
 @pytest.mark.parametrize("budget", [1e-3, 1.0, 1.5, 3.5, 3.75, 700.0])
 def test_a_budget_is_exceeded_by_less_than_the_last_step(budget: float):
     """At least one step is made, and none once the budget is spent."""
-    loop = make_loop(ExactEstimator(same_as_alpha, cost=jnp.asarray(COSTS)))
+    loop = make_loop(ExactEstimator(cost=jnp.asarray(COSTS)))
     trace = run(loop, budget=budget)
     spent = np.cumsum(COSTS)
     expected = int(np.argmax(spent >= budget)) + 1
@@ -354,7 +343,7 @@ def test_the_first_of_budget_and_num_steps_ends_a_run():
 
 def test_many_small_costs_do_not_drift():
     """A plain sum of 1,000 times 0.1 is below 100: it would make another step."""
-    loop = make_loop(ExactEstimator(same_as_alpha, cost=0.1))
+    loop = make_loop(ExactEstimator(cost=0.1))
     assert np.cumsum([0.1] * 1000)[-1] < 100.0
     calls = []
     progress = lambda step, value: calls.append(step)
@@ -366,7 +355,7 @@ def test_many_small_costs_do_not_drift():
 @pytest.mark.parametrize("cost", [0.0, -1.0, np.nan])
 def test_a_cost_that_never_spends_the_budget_ends_the_run(cost: float):
     """Without a budget the same estimates are used."""
-    loop = make_loop(ExactEstimator(same_as_alpha, cost=cost))
+    loop = make_loop(ExactEstimator(cost=cost))
     trace = run(loop, budget=10.0)
     assert "budget" in trace.status
     assert len(trace.value) == 1
@@ -412,16 +401,6 @@ def test_the_last_step_within_a_budget_is_evaluated():
     [
         ({}, "num_steps"),
         ({"budget": np.inf}, "num_steps"),
-        ({"num_steps": 0}, "num_steps"),
-        ({"num_steps": 2.0}, "num_steps"),
-        ({"budget": 0.0}, "budget"),
-        ({"budget": np.nan}, "budget"),
-        ({"budget": "3"}, "budget"),
-        ({"num_steps": 2, "budget": True}, "budget"),
-        ({"num_steps": 2, "progress": 3}, "progress"),
-        ({"num_steps": 2, "time_limit": 0}, "time_limit"),
-        ({"num_steps": 2, "time_limit": "1"}, "time_limit"),
-        ({"num_steps": 2, "memory_limit": -1.0}, "memory_limit"),
         ({"num_steps": 2, "checkpoints": "folder"}, "checkpoints"),
     ],
 )
@@ -482,7 +461,7 @@ def test_a_failed_state_stays_failed():
     blow_up = optax.scale_by_schedule(
         lambda count: jnp.where(count == 2, jnp.nan, -0.1)
     )
-    loop = make_loop(ExactEstimator(same_as_alpha), blow_up)
+    loop = make_loop(ExactEstimator(), blow_up)
     trace = run(loop, num_steps=6)
     step = lambda state, _: loop.step(state)
     state, rows = jax.jit(lambda: jax.lax.scan(step, loop.init(*START), length=6))()
@@ -504,7 +483,7 @@ def test_a_failed_state_stays_failed():
 def test_vmap_over_a_rate_that_the_optimizer_closes_over(options: dict):
     """No argument of minimize is traced, only a number inside a function."""
     minimize = lambda rate: hg.minimize(
-        PROBLEM, ExactEstimator(same_as_alpha), optax.sgd(rate), *START, **options
+        PROBLEM, ExactEstimator(), optax.sgd(rate), *START, **options
     )
     rates = jnp.array([0.01, 0.3])
     traces = jax.vmap(minimize)(rates)
@@ -526,7 +505,7 @@ def test_vmap_over_a_number_that_the_estimator_closes_over():
         return hg.minimize(PROBLEM, estimator, SGD, *START, num_steps=3).alpha
 
     def field(cost):
-        estimator = ExactEstimator(same_as_alpha, cost)
+        estimator = ExactEstimator(cost=cost)
         return hg.minimize(PROBLEM, estimator, SGD, *START, num_steps=3).cost[-1]
 
     alone = [closed_over(float(scale)) for scale in start]
@@ -662,8 +641,9 @@ def test_own_flags_and_statistics_are_recorded():
     [
         hg.SRBA(optax.sgd(0.1), period=4),
         hg.VRBO(optax.sgd(0.1), 2, 3, period=4, step_size=0.1),
+        hg.Average(hg.SRBA(optax.sgd(0.1), period=4), 2),
     ],
-    ids=["SRBA", "VRBO"],
+    ids=["SRBA", "VRBO", "Average of SRBA"],
 )
 def test_methods_that_add_differences_refuse_other_outer_data_at_each_step(method):
     problem = hg.Bilevel(
@@ -679,12 +659,9 @@ def test_methods_that_add_differences_refuse_other_outer_data_at_each_step(metho
 
 
 def test_an_average_of_estimates_that_are_never_trusted_is_never_trusted():
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1) ** 2
-    )
     evolution = hg.Evolution(hg.Newton(), 0.1, 8)
     for estimator in (evolution, hg.Average(evolution, 2)):
-        loop = hg.OuterLoop(problem, estimator, optax.sgd(0.1), on_untrusted="skip")
+        loop = hg.OuterLoop(TO_ONE, estimator, optax.sgd(0.1), on_untrusted="skip")
         with pytest.raises(ValueError, match="never trusted"):
             loop.init(0.0, 3.0)
 
@@ -718,12 +695,9 @@ def test_a_loss_that_rounds_is_never_trusted(estimator, certify_every):
 
 
 def test_a_certificate_is_trusted_where_only_a_step_loses_a_derivative():
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1) ** 2
-    )
     estimator = hg.FixedPoint(hg.Descent(optax.sign_sgd(0.01), 400), 5)
     make = lambda **settings: hg.OuterLoop(
-        problem, estimator, SGD, on_untrusted="skip", **settings
+        TO_ONE, estimator, SGD, on_untrusted="skip", **settings
     ).init(0.9, 1.0)
     with pytest.raises(ValueError, match="Use another optimizer"):
         make()

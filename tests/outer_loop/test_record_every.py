@@ -16,7 +16,7 @@ from hypergrad.outer_loop.step import Budget, StepRecord
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.trees import to_numpy
 from tests.estimators.single_loop.problems import ALPHA, W, with_batches
-from tests.loops import ExactEstimator, run_loop
+from tests.loops import TO_ZERO, ExactEstimator, run_loop
 from tests.outer_loop.test_outer_loop import LOOP, PROBLEM, SGD, START, make_loop, run
 from tests.parameters import slow_except
 
@@ -185,15 +185,11 @@ def test_intervals_that_do_not_fit_are_refused(loop, options: dict, name: str):
 
 def test_costs_of_many_steps_do_not_drift_in_float32():
     """A plain sum of 20,000 costs of 0.1 is off by 1e-4 of it, or more."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(w**2),
-    )
     num_steps = 20_000
     with enable_x64(False):
-        estimator = ExactEstimator(lambda alpha, data: alpha, cost=0.1)
+        estimator = ExactEstimator(cost=0.1)
         trace = run_loop(
-            problem, estimator, optax.sgd(1e-4), 0.0, 1.0, num_steps=num_steps,
+            TO_ZERO, estimator, optax.sgd(1e-4), 0.0, 1.0, num_steps=num_steps,
             record_every=num_steps,
         )  # fmt: skip
     (cost,) = trace.stats["gradient_equivalents"]
@@ -207,14 +203,10 @@ def test_costs_of_many_steps_do_not_drift_in_float32():
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_run_with_a_budget_accepts_its_own_checkpoints(every: int, tmp_path):
     """The sum of six rounded costs of 7/3 is below 14, or is 14."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(w**2),
-    )
     with enable_x64(False):
-        estimator = ExactEstimator(lambda alpha, data: alpha, cost=7 / 3)
+        estimator = ExactEstimator(cost=7 / 3)
         call = lambda budget=14.0: run_loop(
-            problem, estimator, optax.sgd(1e-4), 0.0, 1.0, budget=budget,
+            TO_ZERO, estimator, optax.sgd(1e-4), 0.0, 1.0, budget=budget,
             record_every=every, checkpoints=hg.Checkpoints(tmp_path),
         )  # fmt: skip
         trace = call()

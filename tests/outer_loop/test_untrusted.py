@@ -10,8 +10,9 @@ import optax
 import pytest
 
 import hypergrad as hg
-from benchmarks.shared.reference_problems import error, flat, get_reference, quadratic
-from tests.loops import ExactEstimator, run_loop
+from benchmarks.shared.reference_problems import error, get_reference, quadratic
+from tests.estimator_cases import quadratic_solution
+from tests.loops import TO_ZERO, ExactEstimator, run_loop
 
 NUM_STEPS = 8
 REFERENCE = quadratic("30", seed=9)
@@ -19,16 +20,12 @@ ADAM = optax.adam(0.1)
 BAD = np.array([False, True, False, False, True, True, False, False])
 
 
-def solve_quadratic(alpha, data):
-    return jnp.linalg.solve(data["H"], data["C"] @ flat(alpha))
-
-
 def run(on_untrusted="record", bad=BAD, **changes) -> hg.Trace:
     """Runs an estimator that points uphill, and is not trusted, at the bad steps."""
     options = {
         "problem": REFERENCE.problem, "optimizer": ADAM, "w": REFERENCE.w,
         "alpha": REFERENCE.alpha, "num_steps": NUM_STEPS, "record_alphas": True,
-        "estimator": ExactEstimator(solve_quadratic, trusted=~jnp.asarray(bad)),
+        "estimator": ExactEstimator(quadratic_solution, trusted=~jnp.asarray(bad)),
         "on_untrusted": on_untrusted,
     }  # fmt: skip
     return run_loop(**options | changes)
@@ -92,7 +89,7 @@ def test_failures_come_before_trust():
     """A NaN ends the run as a NaN, whatever the guard."""
     outer = lambda w, alpha, batch: w**2 + 0 * jnp.log(alpha - 1)
     problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer)
-    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=~BAD)
+    estimator = ExactEstimator(trusted=~BAD)
     for on_untrusted in ("record", "skip", "refine", "stop"):
         trace = run(
             on_untrusted, problem=problem, w=0.0, alpha=1.05, estimator=estimator,
@@ -107,11 +104,8 @@ def test_a_skipped_step_that_is_not_finite_does_not_end_the_run():
     optimizer = optax.stateless(
         lambda g, params: jax.tree.map(lambda g: jnp.where(g < 0, jnp.inf, -0.1 * g), g)
     )
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: w**2
-    )
-    estimator = ExactEstimator(lambda alpha, data: alpha, trusted=~BAD)
-    arguments = {"problem": problem, "w": 0.0, "alpha": 3.0, "estimator": estimator}
+    estimator = ExactEstimator(trusted=~BAD)
+    arguments = {"problem": TO_ZERO, "w": 0.0, "alpha": 3.0, "estimator": estimator}
     assert run("skip", optimizer=optimizer, **arguments).status == "completed"
     assert run("record", optimizer=optimizer, **arguments).status != "completed"
 

@@ -30,14 +30,11 @@ from hypergrad.outer_loop import fingerprint as outer_fingerprint
 from hypergrad.outer_loop import limits as outer_limits
 from hypergrad.outer_loop import run as outer_run
 from hypergrad.runtime.interrupts import deferred_interrupt
-from tests.loops import ExactEstimator, assert_same_bits, run_loop
+from tests.loops import TO_ZERO, ExactEstimator, assert_same_bits, run_loop
+from tests.reliability.checkpoint_cases import Killed, steps_in
 
 NUM_STEPS = 6
 ROOT = Path(__file__).parents[2]
-
-
-class Killed(BaseException):
-    """An interruption that no code catches."""
 
 
 # A run whose state has leaves of many kinds: half precision, None, keys in the state of
@@ -108,10 +105,6 @@ def run_killed(folder: Path, step: int, **changes) -> hg.Checkpoints:
     with pytest.raises(Killed):
         run(checkpoints=checkpoints, progress=kill_at(step), **changes)
     return checkpoints
-
-
-def steps_in(folder: Path) -> list[int]:
-    return sorted(int(file.stem[-9:]) for file in folder.glob("step-*.json"))
 
 
 def modification_times(folder: Path) -> dict[Path, int]:
@@ -435,7 +428,7 @@ def test_a_failed_run_is_saved_as_it_ended(tmp_path):
     """Its status and its blank rows are restored, and nothing is repeated."""
     outer = lambda w, alpha, batch: w**2 + 0 * jnp.log(alpha - 1)
     problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, outer)
-    estimator = ExactEstimator(lambda alpha, data: alpha)
+    estimator = ExactEstimator()
     arguments = problem, estimator, optax.sgd(0.1, momentum=0.9), 0.0, 1.5
     plain = run_loop(*arguments, num_steps=9)
     assert plain.status == "stopped: the outer value is not finite"
@@ -736,13 +729,8 @@ def test_other_arrays_of_a_data_function_are_refused(tmp_path):
 
 def test_a_budget_that_would_have_ended_the_run_earlier_is_refused(tmp_path):
     """Costs of 3 make six steps of a budget of 16, and five of 15."""
-    estimator = ExactEstimator(lambda alpha, data: alpha, cost=3.0)
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum(w**2),
-    )
     run_to = lambda budget, **options: run_loop(
-        problem, estimator, optax.sgd(0.01), 0.0, 1.0, budget=budget, **options
+        TO_ZERO, ExactEstimator(), optax.sgd(0.01), 0.0, 1.0, budget=budget, **options
     )
     checkpoints = hg.Checkpoints(tmp_path)
     assert len(run_to(16.0, checkpoints=checkpoints).value) == 6
@@ -767,8 +755,7 @@ def test_another_environment_is_refused(name: str, finished, monkeypatch):
 
 def test_another_number_of_devices_is_named_alone(finished, monkeypatch):
     """The texts of all functions of a run on several devices depend on it."""
-    number = lambda loop, state: {checkpoint.NUM_DEVICES: "4"}
-    monkeypatch.setattr(outer_fingerprint, "_number_of_devices", number)
+    monkeypatch.setattr(outer_fingerprint, "_number_of_devices", lambda *args: 4)
     with pytest.raises(ValueError, match=r"number of devices is 1 in .* and 4 now"):
         run(checkpoints=hg.Checkpoints(finished))
 
@@ -876,16 +863,12 @@ FULL_DISK = """
 
     import jax, jax.numpy as jnp, optax
     import hypergrad as hg
-    from tests.loops import ExactEstimator, assert_same_bits, run_loop
+    from tests.loops import TO_ONE, ExactEstimator, assert_same_bits, run_loop
 
     alpha = jax.random.normal(jax.random.key(0), (100_000,))
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-        lambda w, alpha, batch: jnp.sum((w - 1.0) ** 2),
-    )
-    estimator, optimizer = ExactEstimator(lambda alpha, data: alpha), optax.adam(0.1)
+    estimator, optimizer = ExactEstimator(), optax.adam(0.1)
     run = lambda **options: run_loop(
-        problem, estimator, optimizer, alpha, alpha, num_steps=5, **options
+        TO_ONE, estimator, optimizer, alpha, alpha, num_steps=5, **options
     )
     checkpoints, size = hg.Checkpoints(sys.argv[1]), resource.RLIMIT_FSIZE
     plain = run()

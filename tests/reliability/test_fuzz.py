@@ -18,15 +18,11 @@ from hypothesis import strategies as st
 
 import hypergrad as hg
 from hypergrad import objectives, searchers, spaces, surrogates
-from tests.loops import run_loop
+from tests.loops import TO_ZERO, run_loop
 
 SGD = optax.sgd(0.1)
 SOLVER = hg.Descent(SGD, 3)
 ESTIMATOR = hg.Implicit(SOLVER)
-PROBLEM = hg.Bilevel(
-    lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
-    lambda w, alpha, batch: jnp.sum(w**2),
-)
 UNIT = spaces.Unit()
 
 INVALID: dict[str, dict[str, Any]] = {
@@ -63,7 +59,10 @@ INVALID: dict[str, dict[str, Any]] = {
         "class": hg.Bilevel, "none": None, "text": "problem", "function": abs,
         "tuple": (abs, abs), "solver": hg.Newton(),
     },
-    "below zero": {"negative": -1e-3, "an integer": -1, "NaN": float("nan")},
+    "below zero": {
+        "negative": -1e-3, "an integer": -1, "NaN": float("nan"),
+        "array": jnp.array(-1e-3),
+    },
     "function": {"number": 1.0, "text": "loss", "list": [], "array": np.ones(2)},
     "array": {
         "text": "w", "none": None, "empty": {}, "object": object(),
@@ -92,7 +91,7 @@ INVALID: dict[str, dict[str, Any]] = {
     },
     "limit": {
         "zero": 0, "negative": -1.0, "NaN": float("nan"), "text": "1", "bool": True,
-        "list": [1.0],
+        "list": [1.0], "vector": np.array([1.0, 2.0]),
     },
     "metrics": {
         "list": [abs], "function": abs, "not a function": {"a": 1.0},
@@ -124,7 +123,7 @@ INVALID: dict[str, dict[str, Any]] = {
 
 def minimize(**changes: Any) -> hg.Trace:
     defaults = {
-        "problem": PROBLEM, "estimator": ESTIMATOR, "optimizer": SGD, "w": 0.0,
+        "problem": TO_ZERO, "estimator": ESTIMATOR, "optimizer": SGD, "w": 0.0,
         "alpha": 0.5, "num_steps": 2,
     }  # fmt: skip
     return run_loop(**defaults | changes)
@@ -132,20 +131,20 @@ def minimize(**changes: Any) -> hg.Trace:
 
 def search(**changes: Any) -> hg.Trace:
     defaults = {
-        "problem": PROBLEM, "solver": SOLVER, "searcher": searchers.Random(), "w": 0.0,
+        "problem": TO_ZERO, "solver": SOLVER, "searcher": searchers.Random(), "w": 0.0,
         "space": UNIT, "budget": 10.0,
     }  # fmt: skip
     return hg.search(**defaults | changes)
 
 
 def estimate(
-    estimator: Any = ESTIMATOR, problem: Any = PROBLEM, w=0.0, alpha=0.5, **options
+    estimator: Any = ESTIMATOR, problem: Any = TO_ZERO, w=0.0, alpha=0.5, **options
 ):
     return hg.hypergradient(problem, estimator)(w, alpha, **options)
 
 
 def certify(**changes: Any) -> hg.Certificate:
-    return hg.certify(**{"problem": PROBLEM, "w": 0.0, "alpha": 0.5} | changes)
+    return hg.certify(**{"problem": TO_ZERO, "w": 0.0, "alpha": 0.5} | changes)
 
 
 def save(**changes: Any) -> hg.models.Model:
@@ -169,7 +168,6 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("truncation_length", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
     ("max_stored_bytes", "count or zero", "Unrolled",
      lambda x: hg.Unrolled(SOLVER, max_stored_bytes=x)),
-    ("max_tangents", "count", "Forward", lambda x: hg.Forward(SOLVER, x)),
     ("num_samples", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
     ("num_terms", "count", "FixedPoint", lambda x: hg.FixedPoint(SOLVER, x)),
     ("num_pairs", "count", "Evolution", lambda x: hg.Evolution(SOLVER, 0.1, x)),
@@ -188,6 +186,9 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
      lambda x: hg.Implicit(SOLVER, outer_batch_size=x)),
     ("outer_batch_size", "count", "Unrolled",
      lambda x: hg.Unrolled(SOLVER, outer_batch_size=x)),
+    ("num_newton_steps", "count or zero", "Implicit",
+     lambda x: hg.Implicit(SOLVER, num_newton_steps=x)),
+    ("num_newton_steps", "count", "certify", lambda x: certify(num_newton_steps=x)),
     ("batch_size", "count", "Batches", lambda x: hg.Batches(np.ones((4, 2)), x)),
     ("num_steps", "count", "minimize", lambda x: minimize(num_steps=x)),
     ("trials_per_batch", "count", "Parallel", lambda x: hg.Parallel(x)),
@@ -214,6 +215,7 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("rtol", "below zero", "NystromCG", lambda x: hg.NystromCG(2, x)),
     ("damping", "below zero", "NystromCG", lambda x: hg.NystromCG(2, damping=x)),
     ("damping", "below zero", "Nystrom", lambda x: hg.Nystrom(2, x)),
+    ("damping", "below zero", "Implicit", lambda x: hg.Implicit(SOLVER, damping=x)),
     ("tolerance", "below zero", "Newton", lambda x: hg.Newton(tolerance=x)),
     ("tolerance", "below zero", "LBFGS", lambda x: hg.LBFGS(tolerance=x)),
     ("damping", "number", "Nystrom", lambda x: hg.Nystrom(2, x)),
@@ -263,11 +265,11 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("solver", "solver", "Forward", lambda x: hg.Forward(x)),
     ("solver", "solver", "FixedPoint", lambda x: hg.FixedPoint(x, 3)),
     ("solver", "solver", "search", lambda x: search(solver=x)),
-    ("solver", "solver", "argmin", lambda x: hg.argmin(PROBLEM.inner_loss, x)),
+    ("solver", "solver", "argmin", lambda x: hg.argmin(TO_ZERO.inner_loss, x)),
     ("linear_solver", "linear solver", "Implicit",
      lambda x: estimate(hg.Implicit(SOLVER, x))),
     ("linear_solver", "linear solver", "argmin",
-     lambda x: hg.argmin(PROBLEM.inner_loss, SOLVER, x)),
+     lambda x: hg.argmin(TO_ZERO.inner_loss, SOLVER, x)),
     ("estimator", "estimator", "hypergradient", lambda x: estimate(x)),
     ("estimator", "estimator", "minimize", lambda x: minimize(estimator=x)),
     ("estimator", "estimator", "Average", lambda x: hg.Average(x)),
@@ -283,6 +285,11 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("data_fn", "function", "Bilevel", lambda x: hg.Bilevel(abs, abs, data_fn=x)),
     ("inner_loss", "function", "argmin", lambda x: hg.argmin(x, SOLVER)),
     ("fn", "function", "ClosedForm", lambda x: hg.ClosedForm(x)),
+    ("hvp_fn", "function", "Implicit", lambda x: hg.Implicit(SOLVER, hvp_fn=x)),
+    ("model_fn", "function", "CompositeLoss", lambda x: hg.CompositeLoss(x, abs)),
+    ("loss_fn", "function", "CompositeLoss", lambda x: hg.CompositeLoss(abs, x)),
+    ("regularizer", "function", "CompositeLoss",
+     lambda x: hg.CompositeLoss(abs, abs, x)),
     ("data", "data", "Batches", lambda x: hg.Batches(x)),
     ("data", "data", "Bilevel, inner", lambda x: hg.Bilevel(abs, abs, x)),
     ("data", "data", "Bilevel, outer", lambda x: hg.Bilevel(abs, abs, None, x)),
@@ -308,6 +315,9 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("trial_callback", "function", "search", lambda x: search(trial_callback=x)),
     ("executor", "function", "Parallel", lambda x: hg.Parallel(2, x)),
     ("parallel", "function", "search", lambda x: search(parallel=x)),
+    ("rtol", "limit", "certify", lambda x: certify(rtol=x)),
+    ("strong_convexity", "limit", "certify", lambda x: certify(strong_convexity=x)),
+    ("budget", "limit", "minimize", lambda x: minimize(budget=x)),
     ("time_limit", "limit", "minimize", lambda x: minimize(time_limit=x)),
     ("memory_limit", "limit", "minimize", lambda x: minimize(memory_limit=x)),
     ("metrics", "metrics", "minimize", lambda x: minimize(metrics=x)),

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,24 +15,19 @@ from hypergrad import checkpoint
 from hypergrad.checkpoint import CheckpointFolder, open_checkpoints
 from hypergrad.runtime import array_folder
 from tests.loops import assert_same_bits
+from tests.reliability.checkpoint_cases import (
+    Killed,
+    blank_state,
+    make_state,
+    read_files,
+    steps_in,
+)
 
 ARRAYS = "step-{:09d}"
 METADATA = "step-{:09d}.json"
 MARKER = "step-{:09d}.writing"
 ORBAX = "step-{:09d}.orbax-checkpoint-tmp"
 NOTES = "my notes"
-
-
-class Killed(BaseException):
-    """An interruption that no code catches."""
-
-
-def make_state(step: int) -> dict[str, jax.Array]:
-    return {"alpha": jnp.full((3, 2), step / 7), "step": jnp.asarray(step)}
-
-
-def blank_state(step: int) -> dict[str, jax.Array]:
-    return jax.tree.map(jnp.zeros_like, make_state(step))
 
 
 @contextmanager
@@ -69,10 +62,6 @@ def corrupt(path: Path, *steps: int) -> None:
         (path / ARRAYS.format(step) / "manifest.ocdbt").write_bytes(b"x")
 
 
-def steps_in(path: Path) -> list[int]:
-    return sorted(int(file.stem[-9:]) for file in path.glob("step-*.json"))
-
-
 def intact_steps(path: Path) -> list[int]:
     """Returns the steps whose files have the digests in their metadata."""
 
@@ -81,10 +70,6 @@ def intact_steps(path: Path) -> list[int]:
         return files == array_folder.digest_folder(path / ARRAYS.format(step))
 
     return [step for step in steps_in(path) if is_intact(step)]
-
-
-def read_files(path: Path) -> dict[Path, bytes]:
-    return {x: x.read_bytes() for x in sorted(path.rglob("*")) if x.is_file()}
 
 
 def file_state(path: Path) -> tuple[int, int, int, int]:

@@ -21,6 +21,7 @@ import hypergrad as hg
 from hypergrad import spaces
 from hypergrad.runtime import executors, machine
 from hypergrad.runtime.machine import describe_machine, parse_processors
+from tests.loops import TO_ONE
 from tests.search.populations import search as search_population
 from tests.search.problems import record, search
 
@@ -40,10 +41,7 @@ def warns(subject: str):
     return pytest.warns(UserWarning, match=f"{subject}.*{there} there, {here} here")
 
 
-SQUARES = hg.Bilevel(
-    lambda w, alpha, batch: (w - alpha) ** 2, lambda w, alpha, batch: (w - 1.0) ** 2
-)
-LOOP = hg.OuterLoop(SQUARES, hg.Implicit(hg.Newton()), optax.sgd(0.1))
+LOOP = hg.OuterLoop(TO_ONE, hg.Implicit(hg.Newton()), optax.sgd(0.1))
 
 
 def run_loop(folder, num_steps: int) -> hg.Trace:
@@ -110,7 +108,7 @@ def test_later_proposals_may_depend_on_the_machine(other_machine):
     """Recorded trials have the alphas that they were made with."""
     trials = []
     run = lambda shift, **options: hg.search(
-        SQUARES, hg.Descent(optax.sgd(0.1), 5), Adaptive(shift), 0.0,
+        TO_ONE, hg.Descent(optax.sgd(0.1), 5), Adaptive(shift), 0.0,
         space=hg.spaces.Unit(), budget=16.0, **options,
     )  # fmt: skip
     trace = run(0.1, trial_callback=trials.append)

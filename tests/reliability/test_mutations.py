@@ -5,30 +5,15 @@ import json
 import warnings
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hypergrad as hg
 from hypergrad.checkpoint import CheckpointFolder
-from hypergrad.runtime.array_folder import digest_json
 from tests.loops import assert_same_bits
+from tests.reliability.checkpoint_cases import blank_state, make_state, read_files
 
 STEPS = (3, 4)
-
-
-def make_state(step: int) -> dict[str, jax.Array]:
-    """Returns the state of a run, which differs from step to step."""
-    return {
-        "alpha": jnp.full((3, 2), step / 7),
-        "step": jnp.asarray(step),
-        "w": jnp.arange(40.0) * step,
-    }
-
-
-def blank_state(step: int) -> dict[str, jax.Array]:
-    return jax.tree.map(jnp.zeros_like, make_state(step))
 
 
 @pytest.fixture
@@ -66,10 +51,6 @@ def is_other(file: Path, content: bytes | None, original: bytes) -> bool:
         with contextlib.suppress(ValueError, TypeError):
             return json.loads(content) != json.loads(original)
     return content != original
-
-
-def read_files(folder: Path) -> dict[Path, bytes]:
-    return {x: x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()}
 
 
 def write(file: Path, content: bytes | None) -> None:
@@ -123,14 +104,3 @@ def test_a_damaged_file_is_never_read(num_mutations, checkpoints):
         for file in damaged:
             write(file, contents[file])
     assert min(num_errors, num_earlier) > num_mutations / 20
-
-
-def test_a_checkpoint_without_machines_is_read(checkpoints):
-    """A checkpoint that was written before machines were recorded says so."""
-    file = checkpoints.path / f"step-{STEPS[-1]:09d}.json"
-    metadata = json.loads(file.read_text())
-    del metadata["machines"], metadata["sha256"]
-    file.write_text(json.dumps(metadata | {"sha256": digest_json(metadata)}))
-    with pytest.warns(UserWarning, match="not recorded"):
-        state = checkpoints.load(blank_state)
-    assert_same_bits(state, make_state(STEPS[-1]))

@@ -101,8 +101,8 @@ class Scaled:
     def to_unit(self, alpha):
         return alpha / self.high
 
-    def sample(self, key, shape=(), dtype=None):
-        return self.from_unit(jax.random.uniform(key, shape, dtype or float))
+    def sample(self, key):
+        return self.from_unit(jax.random.uniform(key))
 
     def contains(self, alpha):
         return (alpha >= 0) & (alpha <= self.high)

@@ -1,7 +1,5 @@
 """Searches by rounds that continue from a recorded round."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ from hypergrad.searchers import (
     PopulationBasedTraining,
     SuccessiveHalving,
 )
-from hypergrad.trials.rounds import add_checksum
 from tests.search.populations import (
     MOMENTUM,
     inner_loss,
@@ -153,47 +150,10 @@ def test_rounds_with_other_closed_over_numbers_are_refused():
             run(previous_trials=recorded, **{name: 0.4})
 
 
-@pytest.mark.parametrize(
-    ("name", "array"),
-    [
-        ("last_round.members.carry.0", np.zeros((4, 3))),
-        ("last_round.members.carry.0", np.zeros(())),
-        ("best.w", np.zeros(3)),
-        ("records.value", np.zeros((4, 2))),
-        ("num_rounds", np.asarray("many")),
-        ("records.value", np.asarray("many")),
-    ],
-    ids=["width", "scalar", "best", "value", "text", "text as value"],
-)
-def test_array_of_another_shape_or_type_is_refused(rounds, name, array):
-    with pytest.raises(ValueError, match=re.escape(name)):
-        search(PBT, previous_trials=[add_checksum(rounds[-1] | {name: array})])
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["records.value", "last_round.records.value", "last_round.members.alpha.center"],
-)
-def test_arrays_with_different_numbers_of_members_are_refused(rounds, name):
-    changed = rounds[-1] | {name: rounds[-1][name][:1]}
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}': 1"):
-        search(PBT, previous_trials=[add_checksum(changed)])
-
-
-def test_first_axis_of_shared_weights_is_no_axis_of_members():
-    recorded, name = [], "last_round.members.shared_carry.0.0"
-    search_supernet(60.0, trial_callback=recorded.append)
-    changed = add_checksum(recorded[-1] | {name: np.zeros(2)})
-    with pytest.raises(ValueError, match=re.escape(name)):
-        search_supernet(60.0, previous_trials=[changed])
-
-
 def test_incomplete_rounds_are_refused(rounds):
-    with pytest.raises(ValueError, match=r"previous_trials\[-1\]"):
-        search(PBT, previous_trials=[{}])
-    changed = add_checksum({"search": rounds[-1]["search"]})
-    with pytest.raises(ValueError, match=r"best\.value"):
-        search(PBT, previous_trials=[changed])
+    for incomplete in ({}, {"search": rounds[-1]["search"]}):
+        with pytest.raises(ValueError, match=r"previous_trials\[-1\]"):
+            search(PBT, previous_trials=[incomplete])
 
 
 def test_a_changed_array_is_refused(rounds):

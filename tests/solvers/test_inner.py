@@ -68,14 +68,6 @@ def test_descent_of_no_steps_returns_its_start():
     assert stats["num_grads"] == stats["num_steps"] == 0
 
 
-def test_the_learning_rate_can_be_a_hyperparameter():
-    alpha = {"c": jnp.asarray(ALPHA), "rate": jnp.asarray(0.3)}
-    solver = hg.Descent(lambda alpha: optax.sgd(alpha["rate"], momentum=0.6), 13)
-    loss = lambda w, alpha, batch: quadratic(w, alpha["c"], batch)
-    w, _ = solve(solver, loss, jnp.zeros(DIM), alpha)
-    np.testing.assert_allclose(w, numpy_descent(13, 0.3, 0.6), rtol=1e-12)
-
-
 DIFFERENTIABLE = {
     "sgd": (optax.sgd(0.1), True),
     "adam": (optax.adam(0.1), True),
@@ -303,7 +295,7 @@ def test_a_piecewise_constant_schedule_of_many_windows_does_not_overflow():
     for num_windows, num_steps in ((50_000, 50_000), (49_999, 100_001)):
         values = jnp.arange(float(num_windows))
         schedule = jax.jit(hg.piecewise_constant_schedule(values, num_steps))
-        for count in (0, 1, 2, 33_333, 45_000, num_steps - 1, num_steps + 5):
+        for count in (0, 1, 2, 33_333, 45_000, num_steps - 1, num_steps + 5, 2**31 - 1):
             expected = min(count * num_windows // num_steps, num_windows - 1)
             assert schedule(jnp.int32(count)) == expected
 
@@ -362,14 +354,6 @@ def test_an_optimizer_function_may_lack_a_module():
     exec("schedule = lambda alpha: optax.sgd(alpha)", names)
     assert names["schedule"].__module__ is None
     assert hg.Descent(names["schedule"], 3).num_steps == 3
-
-
-def test_a_schedule_has_its_last_value_after_its_end_without_overflow():
-    """The product of the count and the number of windows exceeds 2^31."""
-    schedule = hg.piecewise_constant_schedule(jnp.arange(1000.0), 2_000_000)
-    counts = [0, 1_999, 2_000, 1_999_999, 2_000_000, 2_200_000, 2**31 - 1]
-    values = [float(schedule(jnp.int32(count))) for count in counts]
-    assert values == [0, 0, 1, 999, 999, 999, 999]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

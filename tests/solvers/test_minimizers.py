@@ -173,15 +173,6 @@ def test_newton_passes_a_saddle():
 
 
 @every_solver
-def test_a_start_at_the_minimum_stays_there(solver):
-    """Warm starts rely on this."""
-    w = ridge_solution(-2.0)
-    new_w, stats = solve(solver, ridge, jnp.asarray(w), jnp.asarray(-2.0))
-    np.testing.assert_allclose(new_w, w, rtol=1e-13)
-    assert stats["num_steps"] <= 1
-
-
-@every_solver
 def test_a_tolerance_is_kept_and_saves_steps(solver):
     """``||g|| <= tolerance max(||g||, ||H w||)``, the latter at the start."""
     w, alpha = jnp.asarray(ROSENBROCK_W), jnp.asarray(1.0)

@@ -127,16 +127,16 @@ def test_earlier_solutions_stay_in_the_search_space():
     np.testing.assert_allclose(zeros.v, cold.v)
 
 
-def test_the_last_change_is_that_of_two_steps_times_the_pairs_to_come():
+def test_the_expected_error_is_the_change_in_two_steps_times_the_pairs_to_come():
     H, b, _, _ = random_system(20, 0)
     run = lambda k: scaled_cg(matvec_of(H), b, no_scaling(b), rtol=0.0, max_steps=k)
     for num_steps, num_pairs in (6, 6 / 4), (18, 1):
         change = run(num_steps).v - run(num_steps - 2).v
         np.testing.assert_allclose(
-            run(num_steps).last_change, num_pairs * change, rtol=1e-6, atol=1e-12
+            run(num_steps).expected_error, num_pairs * change, rtol=1e-6, atol=1e-12
         )
     exact = scaled_cg(matvec_of(jnp.eye(20)), b, no_scaling(b), rtol=1e-12)
-    np.testing.assert_array_equal(exact.last_change, 0)
+    np.testing.assert_array_equal(exact.expected_error, 0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_no_change_is_left_after_as_many_steps_as_dimensions_that_solve_the_syst
         change=b,
     )
     eps = float(jnp.finfo(jnp.float32).eps)
-    change = scaled_cg_module._last_change(state, 9, jnp.float32(1.0), eps)
+    change = scaled_cg_module._expected_error(state, 9, jnp.float32(1.0), eps)
     np.testing.assert_array_equal(change, num_changes * b)
 
 

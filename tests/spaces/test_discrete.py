@@ -11,9 +11,9 @@ from hypergrad.runtime import compat
 from hypergrad.spaces import Box, Choice, Integer, Interval, Simplex
 
 DISCRETE = {
-    "integer": (Integer(-2, 5), range(-2, 6)),
-    "choice": (Choice((0.1, 7, -3.5)), (0.1, 7, -3.5)),
-    "index": (Choice(4), range(4)),
+    "integer": (Integer(-2, 5, shape=(40, 100)), range(-2, 6)),
+    "choice": (Choice((0.1, 7, -3.5), shape=(40, 100)), (0.1, 7, -3.5)),
+    "index": (Choice(4, shape=(40, 100)), range(4)),
 }
 for_each_space = pytest.mark.parametrize(
     ("space", "values"), DISCRETE.values(), ids=DISCRETE
@@ -23,7 +23,7 @@ for_each_space = pytest.mark.parametrize(
 @for_each_space
 def test_samples_are_uniform_over_the_values(space, values):
     """A chi-square test of 4,000 samples at p = 1e-4; integers stay integers."""
-    alpha = np.asarray(space.sample(jax.random.key(0), (40, 100)))
+    alpha = np.asarray(space.sample(jax.random.key(0)))
     kind = np.floating if 0.1 in values else np.integer
     assert np.issubdtype(alpha.dtype, kind)
     assert space.contains(alpha).all()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hypergrad as hg
 from hypergrad import surrogates as sg
 from tests.surrogates.surrogate_cases import (
     CASES,
@@ -63,20 +62,6 @@ def test_a_concrete_target_of_weight_zero_is_not_checked(surrogate, bad):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
         with pytest.raises(ValueError, match="targets"):
             metric(scores, targets)
-
-
-def test_labels_of_minus_one_in_the_outer_batch_are_not_trusted():
-    labels = jnp.array([-1, 1, 1, -1])
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2,
-        lambda w, alpha, batch: 1 - sg.FBeta()(w * batch[0], batch[1], temperature=0.5),
-        None,
-        (jnp.arange(4.0) - 1, labels),
-    )
-    estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: alpha))
-    estimate = hg.hypergradient(problem, estimator)(jnp.ones(()), jnp.ones(()))
-    assert np.isnan(estimate.value) & np.isnan(estimate.hypergradient)
-    assert not estimate.trusted
 
 
 LABELS, MASK = jnp.array([[1, 0], [0, 1], [1, 1]]), jnp.array([True, True, False])

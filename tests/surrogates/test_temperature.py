@@ -178,20 +178,6 @@ def test_gap_metrics_take_a_rule_of_the_temperature_masks_and_any_surrogate(key)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
-def test_an_estimate_whose_scores_are_nan_is_not_trusted():
-    """A perfect metric with a gradient of 0 would be trusted."""
-    auc = lambda w, alpha, batch: (
-        -sg.AUC()(jnp.log(w) * batch, batch > 0, temperature=0.5)
-    )
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (w - alpha) ** 2, auc, None, jnp.arange(4.0)
-    )
-    estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: alpha))
-    estimate = hg.hypergradient(problem, estimator)(jnp.ones(()), -jnp.ones(()))
-    assert np.isnan(estimate.value) & np.isnan(estimate.hypergradient)
-    assert not estimate.trusted
-
-
 def test_gains_above_zero_are_positive():
     """As data of a metric, whose targets are traced, and outside of any program."""
     scores, gains = jax.random.normal(jax.random.key(0), (12,)), jnp.arange(12) % 4

@@ -81,7 +81,6 @@ def test_a_one_hot_alpha_has_gradients_for_the_kernels_of_its_cell_only():
     }
     assert is_used["conv3"] == [True, False, False]
     assert is_used["conv1"] == [False, False, True]
-    np.testing.assert_array_equal(architecture.most_likely_cell(one_hot(cell)), cell)
 
 
 @pytest.mark.parametrize("names", ["conv3 skip conv1", "none average conv3"])

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import scipy.ndimage
 
 import hypergrad as hg
@@ -14,8 +13,6 @@ from tests.tasks.task_cases import (
     DIGITS,
     assert_close,
     central_differences,
-    pipeline_value,
-    train,
 )
 
 IMAGES = DIGITS["x"][:8].reshape(-1, 8, 8).astype(float)
@@ -134,13 +131,6 @@ def test_training_images_are_upright_and_all_others_are_posed():
     np.testing.assert_array_equal(splits["test"]["y"], splits["upright"]["y"])
 
 
-def test_a_quarter_of_the_validation_images_is_held_out():
-    splits = augmentation.split(DIGITS, jax.random.key(3), (100, 200), True)
-    held_out, val = splits["held_out"]["use"], splits["val"]["use"]
-    assert jnp.sum(held_out) == 50
-    np.testing.assert_array_equal(held_out + val, 1)
-
-
 def test_the_paper_scale_has_4000_training_images():
     """The task is built on shapes only."""
     data = {"x": jnp.zeros((5100, 1024)), "y": jnp.zeros(5100, int)}
@@ -165,19 +155,3 @@ def test_the_unrolled_hypergradient_equals_central_differences():
     value_fn = lambda alpha: estimate(alpha).value
     expected = central_differences(value_fn, TASK.alpha, 1e-6)
     assert_close(estimate(TASK.alpha).hypergradient, expected, 1e-6)
-
-
-@pytest.mark.slow
-def test_the_implicit_hypergradient_equals_central_differences():
-    """With a single sample of the noise the training converges."""
-    batch = TASK.problem.inner_data.data, jax.random.key(3)
-    problem = hg.Bilevel(
-        augmentation.train_loss, augmentation.val_loss, batch, TASK.problem.outer_data
-    )
-    solver = hg.Newton()
-    w = jax.jit(lambda: train(problem, solver, TASK.w, TASK.alpha))()
-    estimate = hg.hypergradient(problem, hg.Implicit(solver))(w, TASK.alpha)
-    assert estimate.trusted
-    value_fn = jax.jit(lambda alpha: pipeline_value(problem, solver, TASK.w, alpha))
-    expected = central_differences(value_fn, TASK.alpha, 1e-5)
-    assert_close(estimate.hypergradient, expected, 1e-5)

@@ -35,21 +35,6 @@ def test_all_labels_or_none_are_wrong(corruption):
     assert np.all((train["y"] != train["clean"]) == (corruption == 1))
 
 
-def test_held_out_examples_do_not_contribute_to_loss_and_accuracy():
-    """50 of 150 validation examples are held out, or none."""
-    for hold_out, count in ((True, 50), (False, 0)):
-        splits = cleaning.split(DIGITS, jax.random.key(0), jnp.asarray(hold_out))
-        held_out, val = splits["held_out"]["use"], splits["val"]["use"]
-        assert jnp.sum(held_out) == count
-        np.testing.assert_array_equal(held_out + val, 1)
-    val = cleaning.split(DIGITS, jax.random.key(0), True)["val"]
-    used = {name: x[np.asarray(val["use"]) == 1] for name, x in val.items()}
-    loss = lambda batch: cleaning.val_loss(W, None, batch)
-    np.testing.assert_allclose(loss(val), loss(used), rtol=1e-12)
-    accuracy = lambda batch: cleaning.accuracy(batch, W, None, None)
-    np.testing.assert_allclose(accuracy(val), accuracy(used), rtol=1e-12)
-
-
 def test_f1_is_zero_if_no_label_is_wrong_or_called_wrong():
     right, alpha = jnp.zeros(5, bool), jnp.full(5, 0.5)
     assert cleaning.f1_of_wrong_labels(right, None, alpha, None) == 0

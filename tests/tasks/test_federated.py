@@ -3,7 +3,6 @@
 `tests/reliability/test_devices.py` runs the problem with clients on several devices.
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad import datasets as datasets
+from hypergrad import datasets
 from hypergrad.tasks import federated
 from hypergrad.tasks.federated import FedAvg, LocalImplicit
+from tests.tasks.task_cases import assert_close
 
 CG = hg.CG(rtol=1e-10, max_steps=200)
 KEY = jax.random.key(0)
@@ -48,16 +48,6 @@ def penalized_loss(w, alpha, batch):
     return federated.train_loss(w, alpha, batch) + penalty
 
 
-def assert_close(actual, expected, tolerance):
-    """Raises AssertionError unless errors are below ``tolerance`` times the maximum."""
-    normalize = lambda x, y: x / jnp.max(jnp.abs(y))
-    chex.assert_trees_all_close(
-        jax.tree.map(normalize, actual, expected),
-        jax.tree.map(normalize, expected, expected),
-        atol=tolerance,
-    )
-
-
 @pytest.mark.parametrize("estimator", [hg.Implicit, LocalImplicit])
 def test_identical_clients_are_equivalent_to_one_machine(estimator, key):
     """Global and local hypergradients equal the one of centralized training."""
@@ -69,31 +59,6 @@ def test_identical_clients_are_equivalent_to_one_machine(estimator, key):
     solver = FedAvg(0.4, num_steps=40, num_local_steps=4)
     estimate = hg.hypergradient(clients, estimator(solver, CG))(w, alpha)
     assert_close(estimate.hypergradient, expected, 1e-6)
-
-
-@pytest.mark.slow  # The next test is faster and covers the same formulas.
-def test_only_the_global_hypergradient_is_exact_for_different_clients(key):
-    """The global one equals central differences, and the local one does not.
-
-    The problem is built by `make` with fewer pixels and examples. The rounds of FedAvg
-    start at the minimum, which Newton's method found, and stay there.
-    """
-    digits = datasets.load("digits")
-    data = {"x": digits["x"][:, 2::6].astype(float), "y": digits["y"]}
-    sizes = {"num_clients": 4, "max_per_class": 8, "imbalance": 2, "val_per_class": 4}
-    task = federated.make(key=key, data=data, **sizes)
-    _, _, alpha = random_problem(key)
-    oracle = hg.CentralDifference(hg.Newton(tolerance=1e-13))
-    expected = hg.hypergradient(task.problem, oracle)(task.w, alpha)
-    run_estimator = lambda estimator: hg.hypergradient(task.problem, estimator)(
-        expected.w, alpha
-    )
-    estimate = run_estimator(hg.Implicit(task.solver, CG))
-    assert_close(estimate.hypergradient, expected.hypergradient, 1e-6)
-    estimate = run_estimator(LocalImplicit(task.solver, CG))
-    assert not estimate.trusted
-    difference = optax.tree.sub(estimate.hypergradient, expected.hypergradient)
-    assert optax.tree.norm(difference) > 0.1 * optax.tree.norm(expected.hypergradient)
 
 
 def test_clients_take_as_many_products_as_the_slowest():
@@ -185,14 +150,6 @@ def test_clients_have_few_classes_unless_iid(iid):
     assert set(task.metrics) == {"accuracy"}
 
 
-def test_held_out_examples_are_not_in_the_outer_loss():
-    """A quarter of the validation examples of each client is held out."""
-    task = federated.make(key=KEY, hold_out=True)
-    is_held_out = task.metrics["held_loss"].args[0]["use"]
-    np.testing.assert_array_equal(is_held_out + task.problem.outer_data["use"], 1)
-    np.testing.assert_array_equal(jnp.sum(is_held_out, axis=1), 5)
-
-
 @pytest.mark.parametrize("imbalance", [1, 1.5, 20])
 def test_no_test_example_is_used_for_training(imbalance):
     """Every example has its own feature; 1 means that all classes are equally large."""
@@ -215,12 +172,6 @@ def test_traced_arguments_are_errors():
     make_w = lambda data: federated.make(key=KEY, data=data).w
     with pytest.raises(TypeError, match="data"):
         jax.eval_shape(make_w, datasets.load("digits"))
-
-
-def test_unknown_scales_are_errors():
-    """The error names the argument."""
-    with pytest.raises(ValueError, match="scale"):
-        federated.make(key=KEY, scale="huge")
 
 
 def test_paper_scale_has_scalar_losses():

@@ -1,4 +1,4 @@
-"""Tests of few-shot learning: hypergradients, closed forms, memory and tasks."""
+"""Tests of few-shot learning: hypergradients, closed forms and tasks."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import hypergrad as hg
-from hypergrad import datasets as datasets
+from hypergrad import datasets
 from hypergrad.tasks import few_shot
 
 KEY = jax.random.key(0)
@@ -110,35 +110,6 @@ def test_imaml_of_linear_regression_equals_numpy(key):
     outer_grad = x_val.T @ (x_val @ w - y_val)
     expected = np.linalg.solve(np.eye(7) + x.T @ x / penalty, outer_grad)
     np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-8)
-
-
-def temporary_bytes(task, estimator) -> int:
-    """Returns the memory of the compiled estimate without arguments and results."""
-    state = estimator.init(task.problem, task.w, task.alpha, KEY)
-    lowered = jax.jit(estimator.estimate).lower(task.problem, state, task.alpha, KEY)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
-
-
-@pytest.mark.slow
-def test_memory_is_constant_for_imaml_and_linear_in_steps_for_maml():
-    """Without checkpoints MAML stores every inner step."""
-    num_steps = (16, 64, 128)
-    maml, imaml = make_small("maml"), make_small("imaml")
-    solvers = [hg.Descent(optax.sgd(0.1), n) for n in num_steps]
-    imaml_bytes = [
-        temporary_bytes(imaml, hg.Implicit(solver, hg.CG(max_steps=5)))
-        for solver in solvers[::2]
-    ]
-    maml_bytes = [
-        temporary_bytes(maml, hg.Unrolled(solver, checkpoint=False))
-        for solver in solvers
-    ]
-    # Only the keys of the scan, 8 bytes per step, may grow.
-    assert imaml_bytes[1] - imaml_bytes[0] <= 20 * (128 - 16)
-    bytes_per_step = np.diff(maml_bytes) / np.diff(num_steps)
-    # A step stores at least its parameters.
-    assert bytes_per_step[0] > sum(leaf.nbytes for leaf in jax.tree.leaves(maml.w))
-    np.testing.assert_allclose(bytes_per_step[1], bytes_per_step[0], rtol=0.05)
 
 
 def test_sampled_tasks_have_distinct_classes_and_drawings():
@@ -257,10 +228,3 @@ def test_digits_replace_omniglot_only_at_the_small_scale(monkeypatch, tmp_path):
     monkeypatch.setenv(datasets.VARIABLE, "a folder")
     monkeypatch.setattr(datasets, "load", {"digits": datasets.load("digits")}.get)
     assert "digits" in few_shot.characters("small", "")[0]
-
-
-@pytest.mark.parametrize("name", ["scale", "variant", "num_turns"])
-def test_unknown_scales_variants_and_turns_are_errors(name):
-    """The error names the argument."""
-    with pytest.raises(ValueError, match=name):
-        few_shot.make(key=KEY, **{name: "unknown"})

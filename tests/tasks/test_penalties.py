@@ -60,34 +60,6 @@ def test_the_hypergradient_equals_the_central_difference(variant, estimator, key
 
 
 @pytest.mark.slow
-def test_hoag_converges_to_the_grid_optimum():
-    """Each schedule ends within 0.5 of the best log-penalty, on five splits."""
-    grid = jnp.arange(penalties.LOW, penalties.HIGH, 0.25)
-    optimizer = optax.adam(0.3)
-    names = ("quadratic", "cubic", "exponential")
-    schedules = jnp.stack([penalties.tolerances(name, 60) for name in names])
-
-    def run_hoag(task, rtol):
-        estimator = hg.Implicit(task.solver, rtol=rtol)
-        return hg.minimize(
-            task.problem, estimator, optimizer, task.w, task.alpha, num_steps=60,
-            space=task.space,
-        ).alpha  # fmt: skip
-
-    @jax.jit
-    @jax.vmap
-    def solutions(seed):
-        task = penalties.make(key=jax.random.key(seed), variant="hoag")
-        value = lambda alpha: pipeline_value(task.problem, hg.Newton(), task.w, alpha)
-        best = grid[jnp.argmin(jax.vmap(value)(grid))]
-        return best, jax.vmap(lambda rtol: run_hoag(task, rtol))(schedules)
-
-    best, alphas = solutions(jnp.arange(5))
-    assert jnp.all((best > penalties.LOW) & (best < grid[-1]))
-    np.testing.assert_allclose(alphas, jnp.stack([best] * 3, axis=1), atol=0.5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale", ["small", pytest.param("paper", marks=pytest.mark.data)]
 )

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from sklearn.linear_model import Ridge
 
 import hypergrad as hg
-from hypergrad import datasets as datasets
+from hypergrad import datasets
 from hypergrad.tasks import self_supervised
 
 SOLVER = hg.Descent(optax.sgd(0.3, momentum=0.9), 5)
@@ -44,33 +44,6 @@ def test_hypergradients_equal_central_differences(estimator, task, key):
     assert jnp.min(jnp.abs(ravel_pytree(expected.hypergradient)[0])) > 1e-6
     chex.assert_trees_all_close(
         estimate.hypergradient, expected.hypergradient, rtol=1e-5
-    )
-
-
-@pytest.mark.slow
-def test_probe_can_be_a_nested_argmin(task, key):
-    """Implicit differentiation of the probe equals the derivative of its formula."""
-    probe_solver = hg.ClosedForm(lambda f, batch: self_supervised.probe(f, batch))
-    fit_probe = hg.argmin(self_supervised.probe_loss, probe_solver, hg.CG(rtol=1e-13))
-
-    def nested_error(w, alpha, batch):
-        f = self_supervised.features(w, batch["x"])
-        v = fit_probe(jnp.zeros((f.shape[1] + 1, 10)), f, batch)
-        y = jax.nn.one_hot(batch["y"], 10)
-        scores = self_supervised.append_one(f) @ v
-        errors = jnp.sum((scores - y) ** 2, axis=1) / 2
-        return jnp.sum(batch["evaluate"] * errors) / jnp.sum(batch["evaluate"])
-
-    problem = task.problem
-    nested = hg.Bilevel(
-        problem.inner_loss, nested_error, problem.inner_data, problem.outer_data
-    )
-    estimator = hg.Unrolled(SOLVER)
-    expected = run_estimator(problem, estimator, task, key)
-    estimate = run_estimator(nested, estimator, task, key)
-    np.testing.assert_allclose(estimate.value, expected.value, rtol=1e-10)
-    chex.assert_trees_all_close(
-        estimate.hypergradient, expected.hypergradient, rtol=1e-8
     )
 
 
@@ -143,9 +116,3 @@ def test_split_is_a_partition():
         np.testing.assert_array_equal(part["y"], digits["y"][indices])
         np.testing.assert_array_equal(part["fit"], np.arange(len(indices)) < 100)
         np.testing.assert_array_equal(part["evaluate"], 1 - part["fit"])
-
-
-def test_unknown_scales_are_errors():
-    """The error names the argument."""
-    with pytest.raises(ValueError, match="scale"):
-        self_supervised.make(key=jax.random.key(0), scale="paper")

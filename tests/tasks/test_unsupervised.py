@@ -3,15 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy.stats import gaussian_kde, multivariate_normal
 from sklearn.metrics import adjusted_rand_score
 
 import hypergrad as hg
-from hypergrad import datasets as datasets
+from hypergrad import datasets
 from hypergrad.tasks import unsupervised
-from tests.loops import run_loop
 
 KEY = jax.random.key(0)
 DATA = {name: datasets.load(name) for name in ("iris", "wine")}
@@ -137,25 +135,3 @@ def test_split_is_a_partition(name):
     assert len(parts["train"]["y"]) == num_examples // 2
     np.testing.assert_allclose(parts["train"]["x"].mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(parts["train"]["x"].std(0), 1, rtol=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", TASKS)
-def test_optimization_lowers_the_held_out_loss(variant):
-    """Twenty steps of the default task within its space reduce the outer loss."""
-    task = TASKS[variant]
-    solver = NEWTON if variant == "kmeans" else task.solver
-    trace = run_loop(
-        task.problem, hg.Implicit(solver), optax.adam(0.1), task.w, task.alpha,
-        num_steps=20, space=task.space, metrics=task.metrics, eval_every=19,
-    )  # fmt: skip
-    assert trace.status == "completed"
-    assert trace.value[-1] < trace.value[0] - 0.01
-    assert np.isfinite(trace.metrics["test_nll"][-1])
-
-
-@pytest.mark.parametrize("name", ["scale", "variant"])
-def test_unknown_scales_and_variants_are_errors(name):
-    """The error names the argument."""
-    with pytest.raises(ValueError, match=name):
-        unsupervised.make(key=KEY, **{name: "unknown"})

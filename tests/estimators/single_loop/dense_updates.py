@@ -1,7 +1,8 @@
 """The published updates of the single-loop methods, written in dense matrices.
 
 An update is a function of the state, ``alpha`` and the samples that a step uses. It
-returns the direction of ``alpha``, the reported ``w`` and the next state.
+returns the direction of ``alpha``, the reported ``w`` and the next state, in which the
+number of steps is still the old one.
 """
 
 import functools
@@ -16,14 +17,10 @@ import optax
 
 import hypergrad as hg
 from hypergrad.estimators.single_loop import SingleLoopState
-from hypergrad.estimators.single_loop.f2sa import F2SAMemory
-from hypergrad.estimators.single_loop.fsla import FSLAMemory
-from hypergrad.estimators.single_loop.storm import StormState
 from hypergrad.estimators.single_loop.variance_reduction import (
     InnerParts,
     OuterParts,
     Point,
-    SpiderState,
 )
 from tests.estimators.single_loop.problems import (
     ALPHA,
@@ -123,19 +120,20 @@ def srba(state, alpha, batch, outer_batch):
         inner = InnerParts(inner_grad(w, alpha, batch), Hv, cross(w, v, alpha, batch))
         return inner, OuterParts(*outer_grads(w, alpha, outer_batch))
 
-    memory, point = state.memory, Point(state.w, state.v, alpha)
-    new, old = (parts(p, batch, outer_batch) for p in (point, memory.point))
-    recursive = jax.tree.map(lambda d, x, y: d + x - y, memory.parts, new, old)
-    is_full_pass = memory.num_steps % 3 == 0
+    previous, previous_point = state.memory
+    point = Point(state.w, state.v, alpha)
+    new, old = (parts(p, batch, outer_batch) for p in (point, previous_point))
+    recursive = jax.tree.map(lambda d, x, y: d + x - y, previous, new, old)
+    is_full_pass = state.num_steps % 3 == 0
     estimate = optax.tree.where(is_full_pass, parts(point, TRAIN, VAL), recursive)
     inner, outer = estimate
     moved = move_v(move_w(state, inner.grad), inner.Hv - outer.b)
-    memory = SpiderState(estimate, point, memory.num_steps + 1)
-    return outer.direct - inner.cross, state.w, replace(moved, memory=memory)
+    moved = replace(moved, memory=(estimate, point))
+    return outer.direct - inner.cross, state.w, moved
 
 
 def fsla(state, alpha, w_batch, b_batch, v_batch, direct_batch, cross_batch):
-    memory = state.memory
+    previous, previous_point = state.memory
     state = move_w(state, inner_grad(state.w, alpha, w_batch))
     b, _ = outer_grads(state.w, alpha, b_batch)
     state = move_v(state, hessian(state.w, alpha, v_batch) @ state.v - b)
@@ -145,11 +143,9 @@ def fsla(state, alpha, w_batch, b_batch, v_batch, direct_batch, cross_batch):
         return direct - cross(p.w, p.v, p.alpha, cross_batch)
 
     point = Point(state.w, state.v, alpha)
-    momentum = jnp.where(memory.num_steps == 0, 0, MOMENTUM(memory.num_steps))
-    correction = memory.direction - evaluate(memory.point)
-    direction = evaluate(point) + momentum * correction
-    memory = FSLAMemory(direction, point, memory.num_steps + 1)
-    return direction, state.w, replace(state, memory=memory)
+    momentum = jnp.where(state.num_steps == 0, 0, MOMENTUM(state.num_steps))
+    direction = evaluate(point) + momentum * (previous - evaluate(previous_point))
+    return direction, state.w, replace(state, memory=(direction, point))
 
 
 def stocbio(state, alpha, batches, outer_batch, product_batches, cross_batch):
@@ -182,26 +178,22 @@ def storm(state, alpha, batch, outer_batch, momentum, adjoint_fn):
         v = adjoint_fn(w, alpha, b)
         return inner_grad(w, alpha, batch), direct - cross(w, v, alpha, batch)
 
-    memory, point = state.memory, (state.w, alpha)
-    new, old = directions(*point), directions(*memory.point)
-    estimate = jax.tree.map(
-        lambda x, y, d: x + momentum * (d - y), new, old, memory.directions
-    )
-    return estimate, StormState(estimate, point, memory.num_steps)
+    (previous, previous_point), point = state.memory, (state.w, alpha)
+    new, old = directions(*point), directions(*previous_point)
+    estimate = jax.tree.map(lambda x, y, d: x + momentum * (d - y), new, old, previous)
+    return estimate, (estimate, point)
 
 
 def storm_step(state, alpha, batch, outer_batch, momentum, adjoint_fn):
-    num_steps = state.memory.num_steps
-    momentum = jnp.where(num_steps == 0, 0, momentum)
+    momentum = jnp.where(state.num_steps == 0, 0, momentum)
     estimate, memory = storm(state, alpha, batch, outer_batch, momentum, adjoint_fn)
-    memory = replace(memory, num_steps=num_steps + 1)
     next_state = replace(move_w(state, estimate[0]), memory=memory)
     return estimate[1], state.w, next_state
 
 
 def mrbo(state, alpha, batch, outer_batch, product_batches):
     adjoint_fn = functools.partial(series, batches=product_batches)
-    momentum = MOMENTUM(state.memory.num_steps)
+    momentum = MOMENTUM(state.num_steps)
     return storm_step(state, alpha, batch, outer_batch, momentum, adjoint_fn)
 
 
@@ -212,31 +204,30 @@ def sustain(state, alpha, batch, outer_batch, product_batches, p):
 
 def vrbo(state, alpha, samples):
     """Period 2; a sample of an inner step is an inner, an outer and a product batch."""
-    num_steps, moved = state.memory.num_steps, state
+    moved = state
     for batch, outer_batch, product_batch in samples:
         adjoint_fn = functools.partial(series, batches=[product_batch])
         estimate, memory = storm(moved, alpha, batch, outer_batch, 1.0, adjoint_fn)
         moved = replace(move_w(moved, estimate[0]), memory=memory)
-    state = optax.tree.where(num_steps > 0, moved, state)
+    state = optax.tree.where(state.num_steps > 0, moved, state)
 
     adjoint_fn = functools.partial(series, batches=[TRAIN])
     _, all_data = storm(state, alpha, TRAIN, VAL, 0.0, adjoint_fn)
-    memory = optax.tree.where(num_steps % 2 == 0, all_data, state.memory)
-    memory = replace(memory, num_steps=num_steps + 1)
-    return memory.directions[1], state.w, replace(state, memory=memory)
+    memory = optax.tree.where(state.num_steps % 2 == 0, all_data, state.memory)
+    (_, direction), _ = memory
+    return direction, state.w, replace(state, memory=memory)
 
 
 def f2sa(state, alpha, samples, y_batch, z_batch, outer_batch):
-    penalty = PENALTY(state.memory.num_steps)
-    y, z = state, state.memory.z
+    penalty = PENALTY(state.num_steps)
+    y, z = state, state.memory
     for y_step_batch, z_step_batch, b_batch in samples:
         b, _ = outer_grads(y.w, alpha, b_batch)
         y = move_w(y, inner_grad(y.w, alpha, y_step_batch) + b / penalty)
         z = move_w(z, inner_grad(z.w, alpha, z_step_batch))
     _, direct = outer_grads(y.w, alpha, outer_batch)
     difference = alpha_grad(y.w, alpha, y_batch) - alpha_grad(z.w, alpha, z_batch)
-    memory = F2SAMemory(z, state.memory.num_steps + 1)
-    return direct + penalty * difference, y.w, replace(y, memory=memory)
+    return direct + penalty * difference, y.w, replace(y, memory=z)
 
 
 def bome(state, alpha, batch, outer_batch):
@@ -262,9 +253,9 @@ def darts(state, alpha, w_batch, outer_batch, batch):
 
 def first_order_darts(state, alpha, w_batch, outer_batch):
     moved = descend(state, alpha, [w_batch])
-    state = optax.tree.where(state.memory > 0, moved, state)
+    state = optax.tree.where(state.num_steps > 0, moved, state)
     _, direct = outer_grads(state.w, alpha, outer_batch)
-    return direct, state.w, replace(state, memory=state.memory + 1)
+    return direct, state.w, state
 
 
 def pzobo_update(state, alpha, batches, outer_batch, vectors):
@@ -281,7 +272,7 @@ def pzobo_update(state, alpha, batches, outer_batch, vectors):
 
 
 class Case(NamedTuple):
-    """A method, its update, the kinds of samples, and a memory after some steps."""
+    """A method, its update, the kinds of samples, and a memory after a step."""
 
     method: Any
     update: Callable
@@ -294,12 +285,8 @@ class Case(NamedTuple):
 CORNERS = jnp.array(list(itertools.product([-1.0, 1.0], repeat=3)))
 POOLS = {"i": TRAIN, "o": VAL, "u": CORNERS, "p": jnp.arange(3)}
 OTHER_POINT = Point(OTHER_W, OTHER_V, OTHER_ALPHA)
-STORM = StormState((V, OTHER_V), (OTHER_W, OTHER_ALPHA), jnp.asarray(1))
-SPIDER = SpiderState(
-    (InnerParts(OTHER_V, W, OTHER_ALPHA), OuterParts(V, 2 * ALPHA)),
-    OTHER_POINT,
-    jnp.asarray(1),
-)
+STORM = (V, OTHER_V), (OTHER_W, OTHER_ALPHA)
+SPIDER = (InnerParts(OTHER_V, W, OTHER_ALPHA), OuterParts(V, 2 * ALPHA)), OTHER_POINT
 Z = SingleLoopState(OTHER_W, W_SGD.init(OTHER_W))
 CASES = {
     "SOBA": Case(hg.SOBA(W_SGD, V_SGD), soba, ("i", "o")),
@@ -308,7 +295,7 @@ CASES = {
         hg.FSLA(W_SGD, V_SGD, momentum=MOMENTUM),
         fsla,
         ("i", "o", "i", "o", "i"),
-        FSLAMemory(V, OTHER_POINT, jnp.asarray(1)),
+        (V, OTHER_POINT),
     ),
     "StocBiO": Case(
         hg.StocBiO(W_SGD, 2, 3, step_size=ETA), stocbio, ([*"ii"], "o", [*"ii"], "i")
@@ -334,15 +321,11 @@ CASES = {
         hg.F2SA(W_SGD, 1, penalty=PENALTY),
         f2sa,
         ([[*"iio"]], "i", "i", "o"),
-        F2SAMemory(Z, jnp.asarray(1)),
+        Z,
     ),
     "BOME": Case(hg.BOME(W_SGD, 2, step_size=ETA), bome, ("i", "o")),
-    "DARTS": Case(
-        hg.DARTS(W_SGD, step_size=ETA), darts, ("i", "o", "i"), jnp.asarray(1)
-    ),
-    "DARTS, first order": Case(
-        hg.DARTS(W_SGD), first_order_darts, ("i", "o"), jnp.asarray(1)
-    ),
+    "DARTS": Case(hg.DARTS(W_SGD, step_size=ETA), darts, ("i", "o", "i")),
+    "DARTS, first order": Case(hg.DARTS(W_SGD), first_order_darts, ("i", "o")),
     "PZOBO": Case(
         hg.PZOBO(W_SGD, 2, 1, sigma=0.5), pzobo_update, ([*"ii"], "o", ["u"])
     ),

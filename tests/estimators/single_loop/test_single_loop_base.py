@@ -75,12 +75,6 @@ def test_method_of_ten_lines_passes_the_conformance_check():
     hg.testing.check_estimator(StrangersSOBA(optax.sgd(0.5)))
 
 
-def test_class_without_a_step_cannot_be_instantiated():
-    """`SingleLoop` is abstract."""
-    with pytest.raises(TypeError, match="step"):
-        SingleLoop(SGD)
-
-
 # Estimates.
 
 
@@ -457,12 +451,6 @@ def test_problem_with_several_outer_losses_is_refused(name: str):
     problem = hg.Bilevel(inner_loss, (outer_loss, outer_loss), TRAIN, VAL)
     with pytest.raises(ValueError, match="outer_loss"):
         METHODS[name].init(problem, W, ALPHA)
-
-
-def test_single_step_is_not_a_hypergradient():
-    """`hypergradient` raises TypeError for a single-loop method."""
-    with pytest.raises(TypeError, match="estimator"):
-        hg.hypergradient(FULL, hg.SOBA(SGD))
 
 
 FRESH_DATA = {

@@ -60,7 +60,9 @@ def test_run_on_all_data_follows_the_update(name: str):
     for key in jax.random.split(jax.random.key(0), 6):
         estimate, state = step(state, alpha, key)
         samples = samples_on_all_data(case.samples, key)
+        num_steps = expected_state.num_steps + 1
         direction, w, expected_state = update(expected_state, alpha, *samples)
+        expected_state = replace(expected_state, num_steps=num_steps)
         chex.assert_trees_all_close(
             (estimate.hypergradient, estimate.w, state),
             (direction, w, expected_state),
@@ -69,7 +71,7 @@ def test_run_on_all_data_follows_the_update(name: str):
         )
         if name != "DARTS":  # whose value is that of the virtual w
             # The value of VRBO is at the point of its direction, before w moves.
-            point = expected_state.memory.point if name == "VRBO" else (w, alpha)
+            point = expected_state.memory[1] if name == "VRBO" else (w, alpha)
             value = outer_loss(*point, VAL)
             np.testing.assert_allclose(estimate.value, value, rtol=1e-12)
         alpha = alpha - GAMMA * direction
@@ -126,7 +128,8 @@ def test_mean_over_all_batches_is_the_mean_of_the_update(name: str, monkeypatch)
     corner = lambda key, like: 2.0 * jax.random.bernoulli(key, shape=like.shape) - 1
     monkeypatch.setattr(pzobo, "random_like", corner)
     case, problem = CASES[name], with_batches(1, 1)
-    state = replace(case.method.init(problem, W, ALPHA), memory=case.memory)
+    state = case.method.init(problem, W, ALPHA)
+    state = replace(state, memory=case.memory, num_steps=jnp.asarray(1))
     if case.method.uses_adjoint:
         state = replace(state, v=V)
 
