@@ -1,1 +1,1 @@
-"""What a function does with its inputs, read from its jaxpr."""
+"""Facts about functions that are read from their jaxprs."""
