@@ -320,3 +320,7 @@ def _mark(function, argument: str, marker) -> None:
     """Marks how an argument is written; a decorator would import tyro too early."""
     kind = function.__annotations__[argument]
     function.__annotations__[argument] = Annotated[kind, marker]
+
+
+if __name__ == "__main__":
+    main()

@@ -339,6 +339,13 @@ def _can_be_stored(leaf: Any) -> bool:
     return eqx.is_array_like(leaf)
 
 
+def _describe_leaf(name_and_shape: tuple[str, Any] | None) -> str:
+    if name_and_shape is None:
+        return "no leaf"
+    name, shape = name_and_shape
+    return f"the leaf {name} of shape {tuple(shape)}"
+
+
 def _structure(record: dict, like: PyTree) -> Any:
     if like is not None:
         shapes = map(_stored_shape, jax.tree.leaves(like))
@@ -348,7 +355,8 @@ def _structure(record: dict, like: PyTree) -> Any:
             if actual != expected:
                 raise ValueError(
                     "like must have the names and shapes of the saved (w, alpha); got "
-                    f"the leaf {actual} in place of {expected}."
+                    f"{_describe_leaf(actual)} in place of {_describe_leaf(expected)}. "
+                    "Pass like=(w, alpha)."
                 )
         return jax.tree.structure(like)
     if record["structure"] is None:

@@ -23,7 +23,7 @@ class Executor(Protocol):
     """Runs functions, such as an executor of `concurrent.futures` or of submitit."""
 
     def submit(self, fn: Callable, /, *args: Any) -> Any:
-        """Starts ``fn(*args)``: a function of this package, bytes and NumPy arrays.
+        """Starts ``fn(*args)``: a function of this package, and arguments to pickle.
 
         Returns:
           An object with the methods ``done()`` and ``result()``.

@@ -143,12 +143,16 @@ class RecordedTrials:
                     "match, so that its numbers were changed or damaged. Leave it and "
                     "all later trials out, which run again."
                 )
+        machines = [trial["machine"] for trial in trials]
+        warn_of_other_machines("previous_trials were recorded", machines)
+        for position, trial in enumerate(trials):
             if trial["search"] != search:
                 raise ValueError(
                     f"previous_trials[{position}] must be of the same problem, solver, "
-                    "w, metrics and key, including data and numbers that functions "
-                    "close over, and of the same version of jax. This search has the "
-                    f"fingerprint {search}; got {trial['search']!r}."
+                    "w, metrics, key and parallel, including data and numbers that "
+                    "functions close over, and of the same version of jax and kind of "
+                    f"device; it has the metrics {sorted(trial['metrics'])}. This "
+                    f"search has the fingerprint {search}; got {trial['search']!r}."
                 )
             number = trial["trial"]
             if number in self.positions:
@@ -157,8 +161,6 @@ class RecordedTrials:
                     f"{number} at positions {self.positions[number]} and {position}."
                 )
             self.positions[number] = position
-        machines = [trial["machine"] for trial in trials]
-        warn_of_other_machines("previous_trials were recorded", machines)
 
     def restore(
         self, batch: list[Trial], setup: TrialSetup
