@@ -89,7 +89,8 @@ from .inner import (
     piecewise_constant_schedule,
 )
 from .linear import CG, MINRES, Identity, Neumann, Nystrom, NystromCG
-from .minimize import OuterLoop, minimize
+from .minimize import minimize
+from .outer_loop.loop import OuterLoop
 from .problem import Bilevel
 from .profile import Profile, profile
 from .search import search

@@ -32,13 +32,15 @@ from .runtime.array_folder import (
 from .runtime.console import printable
 from .runtime.devices import run_on_first_process
 from .runtime.fingerprint import HASH
-from .runtime.machine import describe_machine, warn_of_other_machines
+from .runtime.machine import (
+    RunFingerprint,
+    describe_machine,
+    warn_of_other_machines,
+)
 from .runtime.user_warnings import warn_user
 from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
-#: What determines the bits of a run: names, and digests or texts.
-RunFingerprint = dict[str, str]
 
 NO_STEP = -1
 NUM_KEPT = 2  # the newest checkpoint, and the previous one in case that is corrupt
@@ -130,18 +132,6 @@ def check_checkpoints(checkpoints: Any) -> None:
 
 
 # Fingerprints.
-
-
-def runtime_environment() -> RunFingerprint:
-    """Returns what the bits of a run depend on in addition to its program."""
-    from jaxlib.version import __version__ as jaxlib_version
-
-    device = jax.devices()[0]
-    return {
-        "jax": f"{jax.__version__} on jaxlib {jaxlib_version}",
-        "device": f"{device.platform} {device.device_kind}",
-        "number of processes": str(jax.process_count()),
-    }
 
 
 def _check_same_run(

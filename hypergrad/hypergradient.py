@@ -28,8 +28,9 @@ from .validation import (
     is_traced,
 )
 
-#: Number of programs that calls of `hypergradient` share; the oldest one is dropped.
-MAX_PROGRAMS = 1024
+#: Number of programs that calls of `hypergradient` share; the least recently used one
+#: is dropped.
+MAX_PROGRAMS = 256
 
 
 def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estimate]:

@@ -31,9 +31,9 @@ from . import spaces
 from .checks.problem import check_alpha_is_used, check_problem, check_problem_type
 from .inner.base import InnerSolver
 from .keys_in_w import bind_keys
+from .metrics import Metric, check_metrics
 from .problem import Bilevel
 from .progress import Progress, check_progress, open_progress
-from .recording import Metric, check_metrics
 from .searchers import Searcher
 from .searchers.populations import (
     PopulationSearcher,

@@ -1,1 +1,4 @@
-"""Checks of a problem that are made before anything is compiled."""
+"""Checks of a problem on shapes and jaxprs.
+
+They make errors before anything is compiled, and flags that are constants of a program.
+"""

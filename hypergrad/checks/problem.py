@@ -147,7 +147,7 @@ def _warn_of_untrained_leaves(
 
     The leaves of ``w`` are the first ones of both lists.
     """
-    pairs = zip(in_inner, in_outer, strict=False)
+    pairs = list(zip(in_inner, in_outer, strict=False))[: len(jax.tree.leaves(w))]
     if names := leaf_names("w", w, [outer and not inner for inner, outer in pairs]):
         warn_user(
             f"inner_loss does not depend on {names}, which outer_loss "

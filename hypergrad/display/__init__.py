@@ -1,1 +1,1 @@
-"""Results as tables, in text and in HTML, and figures that notebooks show."""
+"""Results as tables, in text and in HTML; `hypergrad.plots` draws figures."""

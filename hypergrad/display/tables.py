@@ -150,9 +150,8 @@ def estimate_rows(estimate: "Estimate") -> list[Row] | None:
         *reason_rows(reasons),
         ("error_estimate", format_error(error) if has_error else "not available"),
     ]
-    for name in ("standard_error", "distance_to_implicit"):
-        if not np.isnan(stats.get(name, np.nan)):
-            rows.append((name, format_error(stats[name])))
+    if not np.isnan(stats.get("standard_error", np.nan)):
+        rows.append(("standard_error", format_error(stats["standard_error"])))
     return rows + cost_rows(stats)
 
 

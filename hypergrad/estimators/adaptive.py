@@ -82,7 +82,7 @@ class AdaptiveSolve(eqx.Module):
       estimator: The `Implicit` whose settings apply, except the tolerance of its linear
         solver.
       data: The data of the estimate.
-      point: Where the first round starts, with all inner data.
+      point: Where the inner solver starts, with all inner data.
       rtol: Relative tolerance of the hypergradient.
       scaling: Diagonal scaling ``S`` of ``H``.
     """

@@ -98,7 +98,7 @@ class RunEstimator(eqx.Module):
         self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree
     ) -> Sequence[bool]:
         """Returns which leaves of ``alpha`` the steps use besides the inner loss."""
-        solver: Any = getattr(self, "solver", None)
+        solver = self.solver  # pyright: ignore[reportAttributeAccessIssue]
         return solver_uses_alpha(solver, problem, w, alpha, inner_data)
 
     def init(

@@ -73,7 +73,8 @@ class CorrectionTerms(NamedTuple):
       inner_step: ``d``, structured like ``w``.
       grad_residual: ``dL/dw - H d``, what ``d`` leaves of ``dL/dw``.
       duals: ``y`` for each direction, ``[2, ...]``.
-      adjoint_change: The last change of ``v`` in its solve, as in `ScaledSolution`.
+      adjoint_change: The ``expected_error`` of `ScaledSolution`: how much ``v`` would
+        still change, by its last change in the solve.
       last_direction: ``p``, the last direction of the solve, in scaled coordinates.
       curvature_min: The smallest curvature that the solve met, which is that along
         ``p`` if it is negative.

@@ -1,4 +1,4 @@
-"""The Newton steps of a certificate, and the statistics that decide on trust."""
+"""Newton steps towards the minimum, and the statistics that decide on trust."""
 
 from typing import NamedTuple
 

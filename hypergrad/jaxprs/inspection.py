@@ -1,6 +1,5 @@
 """Facts about a function that are read from its jaxpr: what it uses and holds."""
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -68,8 +67,8 @@ def unused_leaves(f: Callable[[PyTree], Any], alpha: PyTree) -> str:
 def leaf_names(name: str, tree: PyTree, is_named: Iterable[bool]) -> str:
     """Returns the names of leaves, such as "alpha['rate'], alpha['decay']"."""
     paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
-    named = itertools.compress(paths, is_named)
-    return ", ".join(f"{name}{jax.tree_util.keystr(path)}" for path in named)
+    pairs = zip(paths, is_named, strict=True)
+    return ", ".join(f"{name}{jax.tree_util.keystr(p)}" for p, named in pairs if named)
 
 
 def uses_w(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree) -> bool:

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.source_info_util import summarize
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore
+from jax.extend.source_info_util import summarize
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 

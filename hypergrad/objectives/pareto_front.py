@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ..estimators.base import Estimator
-from ..minimize import OuterLoop
+from ..outer_loop.loop import OuterLoop
 from ..problem import Bilevel
 from ..trace import Trace
 from ..validation import is_traced

@@ -1,1 +1,1 @@
-"""The parts of `hypergrad.minimize`: one step, blocks of steps, and whole runs."""
+"""`hypergrad.OuterLoop` and its parts: one step, blocks of steps, and whole runs."""

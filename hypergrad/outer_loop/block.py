@@ -21,7 +21,7 @@ from .step import (
 )
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
 
 BLOCK_SIZE = 256  # rows per compiled block
 MAX_ALPHA_BYTES = 2**24  # of the alphas that a block records

@@ -23,7 +23,7 @@ from ..validation import (
 from .step import OuterState, init_state
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
 
 OnUntrusted = Literal["record", "skip", "refine", "stop"]
 

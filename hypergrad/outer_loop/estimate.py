@@ -14,7 +14,7 @@ from ..estimators.base import Estimate, Estimator, get_target, normalize_estimat
 from ..problem import Bilevel, EstimateData
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
     from .step import OuterState
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 
 from ..batches import full_batch, sample_batch
-from ..checkpoint import NUM_DEVICES, RunFingerprint, runtime_environment
+from ..checkpoint import NUM_DEVICES
 from ..runtime.fingerprint import digest, digest_program
+from ..runtime.machine import RunFingerprint, runtime_environment
 from .block import get_block_size, run_block
 from .step import Budget, OuterState
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
 
 
 def run_fingerprint(

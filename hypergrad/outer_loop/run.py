@@ -39,7 +39,7 @@ from .limits import Limits
 from .step import NEVER, Budget, OuterState, StepRecord, jitted_alpha
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
 
 NUM_REPORTS = 20  # calls of `progress` per run
 MAX_BLANK_BYTES = 2**30  # of the rows of steps that a failed run does not make

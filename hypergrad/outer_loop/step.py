@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 from .. import spaces
 from ..estimators.base import Estimate, normalize_estimate
 from ..keys_in_w import bind_keys, restore_keys
+from ..metrics import metric_at_step
 from ..problem import Bilevel, at_outer_step
-from ..recording import metric_at_step
 from ..trace import (
     BAD_COST,
     BAD_HYPERGRADIENT,
@@ -30,7 +30,7 @@ from ..trees import PrettyModule, all_finite, divide, power_of_two_scale, vdot
 from .estimate import ADDITIVE_STATS, estimate_step, is_due
 
 if TYPE_CHECKING:
-    from ..minimize import OuterLoop
+    from .loop import OuterLoop
 
 NEVER = -1  # a step number that no run reaches
 

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from ..checkpoint import RunFingerprint, runtime_environment
 from ..trees import is_key, to_numpy
 from . import compat
-from .machine import Machine, describe_machine, warn_of_other_machines
+from .machine import (
+    Machine,
+    RunFingerprint,
+    describe_machine,
+    runtime_environment,
+    warn_of_other_machines,
+)
 
 MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.001, 0.5
 

@@ -14,6 +14,8 @@ from .console import printable
 from .user_warnings import warn_user
 
 Machine = dict[str, str]
+#: What determines the bits of a run: names, and digests or texts.
+RunFingerprint = dict[str, str]
 
 PROCESSORS = Path("/proc/cpuinfo")
 #: Flags of the instructions by which XLA computes on several numbers at once. They
@@ -98,3 +100,15 @@ def _describe_difference(saved: Any, current: Machine) -> str:
             if only := sorted(set(flags.split()) - set(reference.split())):
                 texts.append(f"{name} only {where}: {' '.join(only)}")
     return printable(", ".join(texts))
+
+
+def runtime_environment() -> RunFingerprint:
+    """Returns what the bits of a run depend on in addition to its program."""
+    from jaxlib.version import __version__ as jaxlib_version
+
+    device = jax.devices()[0]
+    return {
+        "jax": f"{jax.__version__} on jaxlib {jaxlib_version}",
+        "device": f"{device.platform} {device.device_kind}",
+        "number of processes": str(jax.process_count()),
+    }

@@ -29,8 +29,8 @@ from jaxtyping import Array, Float, PyTree
 from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
+from ..metrics import Metric
 from ..problem import Bilevel
-from ..recording import Metric
 from ..trees import without_derivative
 from ..validation import as_key
 from . import classifier

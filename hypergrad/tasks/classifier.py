@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 from .. import datasets
-from ..recording import Metric
+from ..metrics import Metric
 from ..validation import is_traced
 from .task import check_choice, has_held_out, loss_metric
 

@@ -28,8 +28,8 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from .. import spaces
+from ..metrics import Metric
 from ..problem import Bilevel
-from ..recording import Metric
 from ..validation import as_key, is_traced
 from .classifier import load_data, random_order, weighted_mean
 from .federated_averaging import FedAvg, LocalImplicit

@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, PyTree
 
 from .. import datasets, spaces
 from ..inner import LBFGS, Descent
+from ..metrics import Metric
 from ..problem import Bilevel
-from ..recording import Metric
 from ..validation import as_key, is_traced
 from . import mlp
 from .task import Task, check_choice, has_held_out, loss_metric, sizes_of

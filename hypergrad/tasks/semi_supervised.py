@@ -22,8 +22,8 @@ from jaxtyping import Array, PyTree
 
 from .. import spaces
 from ..inner import Descent, Newton
+from ..metrics import Metric
 from ..problem import Bilevel
-from ..recording import Metric
 from ..surrogates import AUC
 from ..validation import as_key
 from . import classifier

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
+from ..metrics import Metric, check_metrics
 from ..problem import Bilevel
 from ..products import Loss
-from ..recording import Metric, check_metrics
 from ..validation import (
     check_positive_int,
     float_converter,

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..checkpoint import runtime_environment
 from ..runtime.array_folder import digest_json
 from ..runtime.fingerprint import digest, digest_function, fingerprint
-from ..runtime.machine import describe_machine, warn_of_other_machines
+from ..runtime.machine import (
+    describe_machine,
+    runtime_environment,
+    warn_of_other_machines,
+)
 from .trial import Parallel, Trial, TrialRecord, TrialSetup, run_trial
 
 

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..checkpoint import runtime_environment
 from ..progress import ProgressUpdate, ShowProgress
 from ..runtime.console import printable
 from ..runtime.devices import replicate, shard
 from ..runtime.fingerprint import digest, digest_function, fingerprint
-from ..runtime.machine import describe_machine, warn_of_other_machines
+from ..runtime.machine import (
+    describe_machine,
+    runtime_environment,
+    warn_of_other_machines,
+)
 from ..searchers.populations import PopulationSearcher, Round, Trainer, rank_by_value
 from ..trace import FAILED, Trace
 from ..trees import is_key, to_numpy

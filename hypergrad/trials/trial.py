@@ -15,8 +15,8 @@ from ..cost import cost_stats
 from ..estimators.base import make_stats
 from ..inner.base import InnerSolver
 from ..keys_in_w import restore_keys
+from ..metrics import Metric
 from ..problem import Bilevel
-from ..recording import Metric
 from ..runtime.executors import Executor, RemoteFunction
 from ..trees import all_finite
 from ..validation import check_no_class, check_positive_int

@@ -343,7 +343,8 @@ def test_a_cell_is_recomputed_with_the_budget_of_its_run(shared_file, tmp_path):
     runs, file = tmp_path / "runs", tmp_path / "quadratic.py"
     file.write_bytes(shared_file.read_bytes())
     run = commands.resolve_run(str(file), (), ("random",), 1, None, 30.0, runs, ())
-    commands.run(*run)
+    text, _, _ = commands.run(*run)
+    assert "made with the budget 30.0; the table has 60" in text
     (cell,) = commands.recompute(runs, 5, 1e6, 0, ())
     assert cell.outcome == recompute.EQUAL, cell.text
 

@@ -260,3 +260,16 @@ def test_the_bibliography_has_the_foundations():
         "griewank2000",
         "deepmind2020jax",
     }
+
+
+FUNCTIONS = {
+    hg.spaces.gumbel_softmax: ["jang2017", "maddison2017"],
+    hg.spaces.straight_through: ["bengio2013"],
+    hg.spaces.score_function: ["williams1992", "foerster2018"],
+    hg.objectives.hypervolume: ["zitzler1999"],
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_functions_cite_their_sources(function):
+    assert entry_keys(citation(function)) == ["hypergrad", *FUNCTIONS[function]]

@@ -100,7 +100,6 @@ def test_errors_that_do_not_apply_are_left_out():
     table = read_text(dataclasses.replace(result, stats=stats))
     assert table["standard_error"] == "0.12"
     assert table["error_estimate"] == "not available"
-    assert "distance_to_implicit" not in table
 
 
 def test_a_trace_prints_values_trust_cost_and_metrics():

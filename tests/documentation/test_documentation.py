@@ -219,6 +219,15 @@ def test_the_architecture_names_every_module():
     }
 
 
+def test_the_architecture_mentions_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text()
+    files = set(re.findall(r"`((?:\w+/)*\w+\.py)`", page))
+    assert len(files) > 5
+    assert not [
+        name for name in files if not (Path(hg.__file__).parent / name).exists()
+    ]
+
+
 def named_modules(tree):
     """Returns the modules of a tree of folders, whose levels are two spaces apart."""
     folders, modules = {}, set()

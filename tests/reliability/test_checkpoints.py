@@ -30,6 +30,7 @@ from hypergrad.outer_loop import fingerprint as outer_fingerprint
 from hypergrad.outer_loop import limits as outer_limits
 from hypergrad.outer_loop import run as outer_run
 from hypergrad.runtime.interrupts import deferred_interrupt
+from hypergrad.runtime.machine import runtime_environment
 from tests.loops import TO_ZERO, ExactEstimator, assert_same_bits, run_loop
 from tests.reliability.checkpoint_cases import Killed, steps_in
 
@@ -747,7 +748,7 @@ def test_a_folder_that_refused_other_runs_still_serves_its_own(finished):
 @pytest.mark.parametrize("name", ["jax", "device", "number of processes"])
 def test_another_environment_is_refused(name: str, finished, monkeypatch):
     """Its bits would differ."""
-    environment = checkpoint.runtime_environment() | {name: "something else"}
+    environment = runtime_environment() | {name: "something else"}
     monkeypatch.setattr(outer_fingerprint, "runtime_environment", lambda: environment)
     with pytest.raises(ValueError, match=f"{name} is .* and something else now"):
         run(checkpoints=hg.Checkpoints(finished))

@@ -26,7 +26,7 @@ Y = jnp.sign(X @ jnp.arange(1.0, 6.0) + jax.random.normal(KEYS[1], (2, 40)))
 ALPHA = jnp.array([-3.0, -1.0])
 DISTANCES = jnp.array([0.0, 1e-4, 1e-2, 0.3])  # of starting points from the minimum
 #: The statistics that some estimators compare with a tolerance.
-STATISTICS = "error_estimate", "standard_error", "distance_to_implicit"
+STATISTICS = "error_estimate", "standard_error"
 
 
 class Coordinates(eqx.Module):

@@ -39,7 +39,7 @@ class SingleLoopState(eqx.Module):
     v: PyTree = None
     v_opt_state: PyTree = None
     memory: Any = None
-    num_steps: Any = None
+    num_steps: Any = eqx.field(default_factory=lambda: jnp.asarray(0))
 
 
 class Step(eqx.Module):
@@ -228,7 +228,7 @@ class SingleLoop(eqx.Module):
         _check_update("optimizer", self.optimizer, w)
         if self.v_optimizer is not self.optimizer:
             _check_update("adjoint_optimizer", self.v_optimizer, w)
-        state = SingleLoopState(w, self.optimizer.init(w), num_steps=jnp.asarray(0))
+        state = SingleLoopState(w, self.optimizer.init(w))
         if self.uses_adjoint:
             v = optax.tree.zeros_like(w)
             state = replace(state, v=v, v_opt_state=self.v_optimizer.init(v))

@@ -2,10 +2,10 @@
 
 from ...method_summary import MethodSummary
 from .inner_loops import StochasticNeumann
-from .mrbo import MRBO
+from .mrbo import StormMethod
 
 
-class SUSTAIN(MRBO):
+class SUSTAIN(StormMethod):
     """Makes the steps of `MRBO` with a Neumann series of random length.
 
     The series is ``v = K step_size prod_{i <= p} (I - step_size H_i) b`` with ``p``
@@ -59,7 +59,3 @@ class SUSTAIN(MRBO):
     def series(self) -> StochasticNeumann:
         """The series of random length that approximates the adjoint."""
         return StochasticNeumann(self.step_size, self.num_terms, has_random_length=True)
-
-    def error_bound(self, eig_min: float, eig_max: float) -> float:
-        """Returns NaN, because ``q^K`` bounds the error of the mean alone."""
-        return float("nan")
