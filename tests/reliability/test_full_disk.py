@@ -41,7 +41,7 @@ def run_command(folder: Path, limit: int) -> subprocess.CompletedProcess:
 
 def test_a_command_on_a_full_disk_ends_with_one_line_and_continues(tmp_path):
     write_table(tmp_path)
-    full = run_command(tmp_path, 3000)
+    full = run_command(tmp_path, 6000)
     assert full.returncode == 1
     is_progress = lambda line: " of 10: " in line
     (line,) = [x for x in full.stderr.splitlines() if not is_progress(x)]
