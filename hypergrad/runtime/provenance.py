@@ -46,8 +46,11 @@ def source_commit(package: Path, *files: Path) -> str | None:
     A "+" is appended if a file of the package, or one of the further files, differs
     from the commit.
     """
+    # Without optional locks git writes nothing, so that a run that is killed, or a full
+    # disk, leaves no lock in the clone.
+    command = ["git", "--no-optional-locks", "-C", str(package)]
     git = lambda *args: subprocess.run(
-        ["git", "-C", str(package), *args], capture_output=True, text=True, check=True
+        [*command, *args], capture_output=True, text=True, check=True
     ).stdout.strip()
     try:
         # A checkout that only contains site-packages does not track the package.
