@@ -146,7 +146,7 @@ def _check_same_run(
         return
     names = [name for name in names if name not in DERIVED_NAMES] or names
     # The texts of all functions differ as well.
-    names = [NUM_DEVICES] if NUM_DEVICES in saved.keys() & names else names
+    names = [NUM_DEVICES] if NUM_DEVICES in names else names
 
     def describe(name: str) -> str:
         old, new = saved.get(name, "unknown"), current.get(name, "unknown")

@@ -74,7 +74,7 @@ class CorrectionTerms(NamedTuple):
       grad_residual: ``dL/dw - H d``, what ``d`` leaves of ``dL/dw``.
       duals: ``y`` for each direction, ``[2, ...]``.
       adjoint_change: The ``expected_error`` of `ScaledSolution`: how much ``v`` would
-        still change, by its last change in the solve.
+        still change, estimated from its last changes in the solve.
       last_direction: ``p``, the last direction of the solve, in scaled coordinates.
       curvature_min: The smallest curvature that the solve met, which is that along
         ``p`` if it is negative.
@@ -103,7 +103,8 @@ class HypergradientError(NamedTuple):
       relative_change: The change of ``h`` from ``w`` to ``w+`` at a fixed adjoint, and
         the change of the residual of the adjoint times ``||J' v||``, over ``||h||``.
         Infinite if nothing is known of the distance to the argmin.
-      adjoint_change: ``||J' dv|| / ||h||`` with the last change ``dv`` of the adjoint.
+      adjoint_change: ``||J' dv|| / ||h||`` with the change ``dv`` that is still
+        expected of the adjoint.
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
@@ -125,7 +126,7 @@ class HypergradientError(NamedTuple):
 
     @property
     def adjoint_error(self) -> Scalar:
-        """The larger one of the last change and the residual of the adjoint."""
+        """The larger one of the expected change and the residual of the adjoint."""
         return jnp.maximum(self.adjoint_change, self.adjoint_residual)
 
     @property
@@ -222,7 +223,7 @@ def short_correction_terms(
 ) -> tuple[CorrectionTerms, Scalar]:
     """Returns terms for an adjoint of any solver, from 25 steps of `scaled_cg`.
 
-    They replace the last change of ``v`` by ``H^-1 (b - H v)``.
+    They replace the expected change of ``v`` by ``H^-1 (b - H v)``.
 
     Returns:
       The terms, and the number of products.
@@ -309,10 +310,10 @@ def estimate_error(
         parts, terms, new_w, new_b, new_direct, reads_w
     )
     is_suspect = reads_w & ~(model_errors <= scaled_norm(result.inner_grad))
-    grad_scale, root, num_scale_products = scales_of_rounding(
+    grad_scale, residual_scale, num_scale_products = scales_of_rounding(
         point, scaling, jnp.any(is_suspect)
     )
-    rounding = gradient_rounding(grad_scale, root, scaling)
+    rounding = gradient_rounding(grad_scale, residual_scale, scaling)
     is_wrong = is_suspect & ~(model_errors <= rounding)
     changes = jnp.where(is_wrong, jnp.inf, errors.relative_change)
     # All losses make the product if one of them needs it.
@@ -339,7 +340,7 @@ class _DerivativesAtCorrection(NamedTuple):
     Attributes:
       b, direct: ``dM/dw`` and ``dM/dalpha``.
       Hv, cross: ``H v`` and ``J' v`` with the adjoint.
-      cross_change: ``J' dv`` with the last change of the adjoint.
+      cross_change: ``J' dv`` with the expected change of the adjoint.
     """
 
     b: PyTree
@@ -417,7 +418,7 @@ def _products_at_correction(
 ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
     """Returns ``dL/dw``, ``H v``, ``J' v`` and ``J' dv`` at a point, that of ``w+``.
 
-    ``dv`` is the last change of the adjoint.
+    ``dv`` is the expected change of the adjoint.
     """
     problem, w, alpha, batch, _ = point
     products = lambda v: hvp_and_cross_vjp(problem.inner_loss, w, alpha, batch, v)

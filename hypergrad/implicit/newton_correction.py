@@ -129,7 +129,7 @@ def check_correction(
     scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
     new_norm = scaled_norm(correction.result.inner_grad)
     is_increased = new_norm > scaled_norm(inner_grad)
-    grad_scale, root, num_products = scales_of_rounding(
+    grad_scale, residual_scale, num_products = scales_of_rounding(
         point._replace(w=correction.previous_w), scaling, ~is_solved | is_increased
     )
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
@@ -137,7 +137,7 @@ def check_correction(
         "is_solved": is_solved | is_rounding,
         "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
     }
-    is_increased &= new_norm > gradient_rounding(grad_scale, root, scaling)
+    is_increased &= new_norm > gradient_rounding(grad_scale, residual_scale, scaling)
     return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)
 
 

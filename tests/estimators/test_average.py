@@ -63,6 +63,7 @@ def test_an_average_equals_a_loop_over_its_samples():
 
 def test_every_sample_counts_as_often_as_the_slowest():
     """Samples on different batches need different numbers of products."""
+    # Among fewer samples rounding may leave none that needs another number.
     reference, num_samples = get_reference("ridge per-weight"), 16
     linear_solver = hg.CG(preconditioner=None)
     estimator = hg.Implicit(

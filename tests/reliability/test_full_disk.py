@@ -41,6 +41,8 @@ def run_command(folder: Path, limit: int) -> subprocess.CompletedProcess:
 
 def test_a_command_on_a_full_disk_ends_with_one_line_and_continues(tmp_path):
     write_table(tmp_path)
+    # A row names the processor and all versions, so that its size is not the same on
+    # every machine. Some of the ten rows must fit, and not all.
     full = run_command(tmp_path, 6000)
     assert full.returncode == 1
     is_progress = lambda line: " of 10: " in line
