@@ -1,5 +1,6 @@
 """Data sets, and the batches of them that losses are evaluated on."""
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -71,6 +72,8 @@ class Batches(eqx.Module):
     shared: PyTree = eqx.field(default=None, kw_only=True)
     # Set by `at_estimate` and `at_draw`; with None a batch depends on its key alone.
     position: PassPosition | None = eqx.field(default=None, init=False)
+    # Set by `with_full_batch_key`.
+    full_batch_key: Array | None = eqx.field(default=None, init=False)
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class Batches(eqx.Module):
         self.order = order
         self.shared = to_arrays(shared, "shared")
         self.position = None
+        self.full_batch_key = None
         leaves = jax.tree.leaves(self.data)
         if not leaves:
             if with_key and batch_size is None and shared is None:
@@ -131,11 +135,17 @@ class Batches(eqx.Module):
 
         Args:
           key: PRNG key of the batch if ``with_key``. Defaults to
-            ``jax.random.key(0)``.
+            ``jax.random.key(0)``. The data of an estimate (`with_full_batch_key`) has
+            the key of the estimate, whatever key is given here.
         """
+        if self.full_batch_key is not None:
+            key = self.full_batch_key
+        return self._all_examples(jax.random.key(0) if key is None else key)
+
+    def _all_examples(self, key: Array) -> PyTree:
+        """Returns all examples, with this key if ``with_key``."""
         if not self.with_key:
             return self._with_shared(self.data)
-        key = jax.random.key(0) if key is None else key
         return key if self.data is None else (self._with_shared(self.data), key)
 
     @property
@@ -197,41 +207,13 @@ class Batches(eqx.Module):
         whatever the key; that of ``with_key`` comes from ``key``.
         """
         if self.batch_size is None:
-            return Batches.full_batch(self, key)  # a fresh key, also in a subclass
+            return self._all_examples(key)
         index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
         if self.has_blocks:
             batch = self.take_block(self.draw_block(index_key))
         else:
             batch = self.take(self.draw_indices(index_key))
         return (batch, batch_key) if self.with_key else batch
-
-
-class BatchesOfEstimate(Batches):
-    """Batches with a key, whose full batch always has the key of one estimate.
-
-    A solver that uses all of the data then minimizes the loss for this key, whatever
-    key it was called with. `sample` returns fresh keys, as for stochastic solvers.
-    """
-
-    full_batch_key: Array = eqx.field(kw_only=True)
-    # Equinox admits no arrays in a field of which ``init`` is False.
-    position: PassPosition | None = None
-
-    def __init__(self, batches: Batches, full_batch_key: Array):
-        super().__init__(
-            batches.data,
-            batches.batch_size,
-            with_key=True,
-            order=batches.order,
-            shared=batches.shared,
-        )
-        self.full_batch_key = full_batch_key
-        self.position = batches.position
-
-    def full_batch(self, key: Array | None = None) -> PyTree:
-        """Returns all examples with the key of the estimate."""
-        del key
-        return super().full_batch(self.full_batch_key)
 
 
 #: Number folded into a key before examples are drawn. `jax.random.split` folds small
@@ -337,6 +319,18 @@ def full_batch(data: Data, key: Array) -> PyTree:
     return data.full_batch(key) if isinstance(data, Batches) else data
 
 
+def with_full_batch_key(data: Data, key: Array) -> Data:
+    """Returns the data whose full batch always has this key, if batches have keys.
+
+    A solver that uses all of the data then minimizes the loss for this key, whatever
+    key it was called with. `sample` returns fresh keys, as for stochastic solvers.
+    """
+    if not is_keyed(data):
+        return data
+    is_none = lambda x: x is None
+    return eqx.tree_at(lambda d: d.full_batch_key, data, key, is_leaf=is_none)
+
+
 def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree:
     """Returns the batch used throughout one estimate; all examples if size is None."""
     if batch_size is None:
@@ -351,14 +345,8 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
             f"a batch size of {batch_size} needs examples, and these batches are a key "
             "alone. Leave the batch size out."
         )
-    batches = Batches(
-        data.data,
-        batch_size,
-        with_key=data.with_key,
-        order=data.order,
-        shared=data.shared,
-    )
-    if not isinstance(data, BatchesOfEstimate):
+    batches = dataclasses.replace(data, batch_size=batch_size)  # without a position
+    if data.full_batch_key is None:
         return batches.sample(key)
     # The loss may split the key of the estimate, as `Batches.sample` does.
     batch, _ = batches.sample(jax.random.fold_in(key, SAMPLE_STREAM))
@@ -369,7 +357,7 @@ def without_sampling(data: Data) -> Data:
     """Returns the data with ``batch_size=None``: every batch is the full data set."""
     if not isinstance(data, Batches):
         return data
-    return Batches(data.data, with_key=data.with_key, shared=data.shared)
+    return dataclasses.replace(data, batch_size=None)
 
 
 def is_sampled(data: Data) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
 from .batches import (
-    BatchesOfEstimate,
     Data,
     at_estimate,
     in_own_order,
@@ -21,6 +20,7 @@ from .batches import (
     is_keyed,
     sample_fixed_batch,
     to_data,
+    with_full_batch_key,
 )
 from .display.tables import describe_leaves
 from .jaxprs.inspection import constant_bytes
@@ -227,8 +227,7 @@ class EstimateData(eqx.Module):
         data_key, solver_key, inner_key, outer_key = jax.random.split(key, 4)
         inner_data, outer_data = problem.sample_data(data_key)
         inner_data, outer_data = _in_passes_of_key(inner_data, outer_data, key)
-        if is_keyed(inner_data):
-            inner_data = BatchesOfEstimate(inner_data, inner_key)
+        inner_data = with_full_batch_key(inner_data, inner_key)
         return cls(inner_data, outer_data, solver_key, inner_key, outer_key)
 
     def inner_batch(self, batch_size: int | None = None) -> PyTree:

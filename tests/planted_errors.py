@@ -203,7 +203,7 @@ ERRORS = (
     PlantedError(
         "estimate: the adjoint sees another sample than the solver",
         "problem.py",
-        "inner_data = BatchesOfEstimate(inner_data, inner_key)",
+        "inner_data = with_full_batch_key(inner_data, inner_key)",
         "pass",
         f"{IMPLICIT} {CONTRACT} core/test_batches.py",
         guard="core/test_batches.py::"

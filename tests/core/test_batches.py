@@ -46,6 +46,27 @@ def test_a_field_of_batches_can_be_replaced(batch_size):
     chex.assert_trees_all_equal(batches, hg.Batches(DATA, batch_size, order="epoch"))
 
 
+class DoubledBatches(hg.Batches):
+    """Batches whose examples are twice those of the data."""
+
+    def take(self, indices):
+        return jax.tree.map(lambda x: 2 * x, super().take(indices))
+
+
+@pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
+def test_the_batches_of_an_estimate_are_those_of_a_subclass(with_key):
+    data = DoubledBatches(np.ones(6), 2, with_key=with_key)
+    sample = EstimateData.sample(hg.Bilevel(inner_loss, outer_loss, data, data), KEY)
+    batches = (
+        sample.inner_data.sample(KEY),
+        sample.inner_batch(3),
+        sample.outer_batch(3),
+    )
+    for batch, size in zip(batches, (2, 3, 3), strict=True):
+        examples = batch[0] if with_key else batch
+        np.testing.assert_array_equal(examples, np.full(size, 2.0))
+
+
 class Tensor:
     """An array of a library with dtypes of its own, as torch has them."""
 
