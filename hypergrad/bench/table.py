@@ -37,6 +37,8 @@ from .tuning import choose_setting, tuning_fields
 
 Plot = Callable[[list[Row], Path], None]
 Retrain = Callable[[Task, PyTree, Array], PyTree]
+#: The splits that a method gets; the others are to measure it.
+METHOD_SPLITS = ("train", "val", "labeled", "unlabeled")
 
 
 @dataclass(frozen=True)
@@ -410,8 +412,8 @@ class Table(BaseTable):
 
 
 def without_test_data(task: Task) -> Task:
-    """Returns what a method gets of a task: no metrics, and only these two splits."""
+    """Returns what a method gets of a task: no metrics, and only `METHOD_SPLITS`."""
     splits = task.splits
     if isinstance(splits, dict):
-        splits = {name: splits[name] for name in ("train", "val") if name in splits}
+        splits = {name: splits[name] for name in METHOD_SPLITS if name in splits}
     return dataclasses.replace(task, metrics={}, splits=splits)
