@@ -40,6 +40,7 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row
+from hypergrad.bench.report import markdown_table
 from hypergrad.estimators.inner_run import make_final_w_fn
 from hypergrad.problem import EstimateData
 from hypergrad.products import Loss
@@ -211,22 +212,20 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per workload with both methods side by side."""
-    lines = [
+    text = (
         "Operations of one hypergradient, in gradients per step, and its scratch "
-        "memory, in megabytes: autodiff, the adjoint, their ratio.",
-        "",
-        "| inner problem | stores | gradients per step | scratch, MB |",
-        "|---|---|---|---|",
-    ]
+        "memory, in megabytes: autodiff, the adjoint, their ratio."
+    )
+    cells = []
     for row in rows:
         operations, scratch = ratios(row)
         autodiff, adjoint = (row[f"{method}_scratch"] / 1e6 for method in METHODS)
-        lines.append(
-            f"| {row['method']} | {row['stores']} "
-            f"| {row['autodiff_gradients']:.2f}, {row['adjoint_gradients']:.2f}, "
-            f"{operations:.2f} | {autodiff:.3g}, {adjoint:.3g}, {scratch:.2f} |"
-        )
-    return lines
+        gradients = (row[f"{method}_gradients"] for method in METHODS)
+        counts = ", ".join(f"{x:.2f}" for x in (*gradients, operations))
+        megabytes = f"{autodiff:.3g}, {adjoint:.3g}, {scratch:.2f}"
+        cells.append([row["method"], row["stores"], counts, megabytes])
+    headings = "inner problem", "stores", "gradients per step", "scratch, MB"
+    return [text, "", *markdown_table(headings, cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

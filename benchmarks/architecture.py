@@ -97,6 +97,7 @@ from hypergrad.tasks.architecture import (
 from .shared import task_plots
 from .shared.architecture_cells import RATE, STEPS, train
 from .shared.program import program
+from .shared.task_runs import minimize_task
 from .shared.tuning import DIGITS, digits
 
 BUDGET = 300
@@ -222,10 +223,9 @@ def describe_cell(task, trace, w, key) -> Row:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_adam(name, num_steps, task, learning_rate, key):
     """Returns the trace of a search."""
-    return hg.minimize(
-        task.problem, ESTIMATORS[name][0], optax.adam(learning_rate), task.w,
-        task.alpha, num_steps=num_steps, key=key, space=task.space,
-    )  # fmt: skip
+    return minimize_task(
+        task, ESTIMATORS[name][0], optax.adam(learning_rate), key, num_steps=num_steps
+    )
 
 
 def gradient_method(name):

@@ -78,6 +78,7 @@ from hypergrad.tasks.augmentation import (
 )
 
 from .shared import task_plots
+from .shared.task_runs import minimize_task, search_task
 from .shared.tuning import DIGITS, digits
 
 NUM_TRAIN, NUM_VAL, _ = SIZES["small"]
@@ -130,10 +131,7 @@ def true_pose(task, *, budget, key):
 
 def random_search(task, *, budget, key):
     """Samples policies from the space until the budget is spent."""
-    return hg.search(
-        task.problem, TRIAL, hg.searchers.Random(), task.w,
-        space=task.space, budget=budget, key=key,
-    )  # fmt: skip
+    return search_task(task, budget, key, solver=TRIAL)
 
 
 # Per method the estimator, Adam's rate, and the maximum cost of a step in
@@ -161,10 +159,7 @@ HYPERGRADIENTS = {
 def run_adam(name, num_steps, task, key):
     """Returns the trace of a method."""
     estimator, rate, _ = HYPERGRADIENTS[name]
-    return hg.minimize(
-        task.problem, estimator, optax.adam(rate), task.w, task.alpha,
-        num_steps=num_steps, key=key, space=task.space,
-    )  # fmt: skip
+    return minimize_task(task, estimator, optax.adam(rate), key, num_steps=num_steps)
 
 
 def gradient_method(name):

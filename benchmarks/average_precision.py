@@ -22,7 +22,6 @@ the scores.
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,14 @@ from jaxtyping import Array
 from sklearn.isotonic import isotonic_regression
 
 import hypergrad as hg
-from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval, select
-from hypergrad.bench.figures import import_pyplot
+from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval
+from hypergrad.bench.report import markdown_table
 
 from .shared.outcomes import conclude
-from .shared.stages import fingerprint, markdown_table
+from .shared.plots import add_grid, make_panels
+from .shared.program import timed
+from .shared.row_columns import column
+from .shared.stages import fingerprint
 from .shared.tuning import cells_of
 
 SIZE, REFERENCE_SIZE = 100_000, 5_000
@@ -99,13 +101,6 @@ def peak_bytes(form: str, size: int) -> int | None:
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
-def seconds(call: Callable, arguments: tuple) -> float:
-    """Returns the seconds of a call."""
-    start_time = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    return time.perf_counter() - start_time
-
-
 def measure(cell: Cell, rows: list[Row]) -> Row:
     """Returns times of both programs in alternation, after one call of each."""
     del rows
@@ -113,9 +108,9 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     small_inputs = data(REFERENCE_SIZE, cell["seed"])
     call, reference = program(form, SIZE), program("n x n", REFERENCE_SIZE)
     value, gradient = call(*inputs)
-    seconds(reference, small_inputs)
+    timed(reference, *small_inputs)
     times = [
-        (seconds(call, inputs), seconds(reference, small_inputs))
+        (timed(call, *inputs)[1], timed(reference, *small_inputs)[1])
         for _ in range(REPEATS)
     ]
     ratio = statistics.median(x / reference for x, reference in times)
@@ -207,16 +202,11 @@ def is_close(row: Row) -> bool:
     return abs(row["value"] - row["formula"]) <= RTOL * row["formula"]
 
 
-def column(rows: list[Row], form: str, name: str) -> list[float]:
-    """Returns a column of a form."""
-    return [row[name] for row in select(rows, method=form)]
-
-
 def ratio_claim(
     rows: list[Row], form: str, name: str, quantity: str, max_ratio: float
 ) -> Finding:
     """Returns whether the interval of a ratio lies below ``max_ratio``."""
-    ratios = column(rows, form, name)
+    ratios = column(rows, name, method=form)
     ratio = ratio_interval(ratios, np.ones(len(ratios)))
     text = (
         f"{form}, {SIZE:,} scores against n x n of {REFERENCE_SIZE:,}, ratio of "
@@ -237,7 +227,7 @@ def body(rows: list[Row]) -> list[str]:
     )  # fmt: skip
     cells = []
     for form in dict.fromkeys(row["method"] for row in rows):
-        mean = lambda name, form=form: np.mean(column(rows, form, name))
+        mean = lambda name, form=form: np.mean(column(rows, name, method=form))
         cells.append(
             [
                 form,
@@ -255,17 +245,14 @@ def body(rows: list[Row]) -> list[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots seconds and memory of each form beside those of n x n."""
-    pyplot = import_pyplot()
     forms = list(dict.fromkeys(row["method"] for row in rows))
     labels = [f"n x n, {REFERENCE_SIZE:,}", *(f"{form}, {SIZE:,}" for form in forms)]
     panels = {
-        label: [column(rows, forms[0], f"reference_{name}")]
-        + [column(rows, form, name) for form in forms]
+        label: [column(rows, f"reference_{name}", method=forms[0])]
+        + [column(rows, name, method=form) for form in forms]
         for label, name in (("seconds", "seconds"), ("temporary bytes", "bytes"))
     }
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(10, 1.4 + 0.35 * len(labels)), layout="constrained"
-    )
+    figure, axes = make_panels(1, len(panels), (10, 1.4 + 0.35 * len(labels)))
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         for position, x in enumerate(values):
             color = "black" if position == 0 else "steelblue"
@@ -275,11 +262,9 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_xlabel(name)
         axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [])
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        add_grid(axis, axis="x")
     figure.suptitle("Average precision with its gradient")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(

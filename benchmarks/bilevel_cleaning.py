@@ -71,7 +71,6 @@ from hypergrad.bench import (
     Row,
     select,
 )
-from hypergrad.bench.timing import measure_seconds
 
 from .shared.hyper_cleaning import (
     FULL_BATCH,
@@ -82,8 +81,10 @@ from .shared.hyper_cleaning import (
     run_search,
     train,
 )
+from .shared.plots import make_panels
 from .shared.published_traces import curve
 from .shared.step_problems import PENALTY
+from .shared.tuning import with_seconds
 
 SOURCE = "benchopt/results, benchmark_bilevel/outputs"
 SHARES = (0.5, 0.7, 0.9)
@@ -125,17 +126,11 @@ def column(share: float) -> str:
     return f"error_{10 * share:.0f}"
 
 
-def measure(cell: Cell, rows: list[Row]) -> Row:
+def run_cell(cell: Cell) -> Row:
     """Returns the numbers of a cell, in the columns of all shares if it has none."""
-    del rows
     shares = SHARES if cell["p"] is None else (cell["p"],)
-    with measure_seconds() as seconds:
-        row = run(cell["method"], shares[0], cell["seed"])
-    return row | {
-        **{column(share): row["error"] for share in shares},
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
+    row = run(cell["method"], shares[0], cell["seed"])
+    return row | {column(share): row["error"] for share in shares}
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
@@ -227,11 +222,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots test errors by cost with the stored errors, a panel per p."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, 3, figsize=(15, 4.8), sharey=True, layout="constrained"
-    )
+    figure, axes = make_panels(1, 3, (15, 4.8), sharey=True)
     for axis, share in zip(axes, SHARES, strict=True):
         for i, method in enumerate((*NUM_STEPS, "implicit")):
             for row in select(rows, method=method, p=share):
@@ -260,12 +251,11 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0].set_ylabel("test error")
     axes[0].legend(fontsize=7, loc="upper right")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
     cells=cells,
-    measure_cell=measure,
+    measure_cell=with_seconds(run_cell),
     seeds=3,
     columns=(
         *(Column(column(share), f"p = {share}", ".4f") for share in SHARES),

@@ -57,6 +57,7 @@ from hypergrad.bench import (
     ratio_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 
 from .shared.benchmark_bilevel import checkout
 from .shared.bilevel_quadratics import (
@@ -66,6 +67,9 @@ from .shared.bilevel_quadratics import (
     our_alphas,
     peer_alphas,
 )
+from .shared.plots import add_grid, make_panels
+from .shared.row_columns import column
+from .shared.tuning import grid_cells
 
 OURS, OURS_INDEPENDENT = "hypergrad", "hypergrad, independent blocks"
 PEER, PEER_INDEPENDENT = "peer", "peer, independent blocks"
@@ -76,17 +80,6 @@ PAIRS = (
     (OURS_INDEPENDENT, PEER),
 )
 NUM_LAST, MAX_RATIO = 8, 1.5
-
-
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns a cell per method, program and seed."""
-    del scale
-    return [
-        {"method": method, "program": program, "seed": seed}
-        for method in SETTINGS
-        for program in PROGRAMS
-        for seed in range(seeds)
-    ]
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
@@ -110,7 +103,7 @@ def ends(rows: list[Row], method: str, program: str) -> np.ndarray:
     """Returns the ends of a method's runs, in the order of the seeds."""
     group = select(rows, method=method, program=program)
     group = [row for row in group if "end" in row]
-    return np.array([row["end"] for row in sorted(group, key=lambda row: row["seed"])])
+    return column(group, "end")
 
 
 def findings(rows: list[Row]) -> list[Finding]:
@@ -139,13 +132,11 @@ def body(rows: list[Row]) -> list[str]:
     programs = [program for program in PROGRAMS if is_measured(program)]
     pairs = [pair for pair in PAIRS if set(pair) <= set(programs)]
     names = [*programs, *(f"{ours} over {peer}" for ours, peer in pairs)]
-    lines = [
+    text = (
         "Geometric means over the seeds of h(alpha) - min h at the end, and of the "
-        "ratio of ours to the peer's, with 95% intervals.",
-        "",
-        "| method | steps | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
+        "ratio of ours to the peer's, with 95% intervals."
+    )
+    cells = []
     for method, settings in SETTINGS.items():
         by_program = {p: ends(rows, method, p) for p in programs}
         if not all(x.size for x in by_program.values()):
@@ -155,20 +146,13 @@ def body(rows: list[Row]) -> list[str]:
             f"{ratio_interval(by_program[ours], by_program[peer]):.2f}"
             for ours, peer in pairs
         ]
-        lines.append(
-            f"| {method} | {settings.num_steps} | " + " | ".join(entries) + " |"
-        )
-    return lines
+        cells.append([method, f"{settings.num_steps}", *entries])
+    return [text, "", *markdown_table(["method", "steps", *names], cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the curves of all programs, a panel per method: medians and ranges."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    figure, axes = make_panels(2, 3, (12, 7))
     for axis, (method, settings) in zip(axes.flat, SETTINGS.items(), strict=True):
         steps = np.linspace(0, settings.num_steps, NUM_EVALUATIONS + 1)
         for i, program in enumerate(PROGRAMS):
@@ -182,8 +166,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.15
             )
         axis.set(yscale="log", title=method)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        add_grid(axis)
     for axis in axes[-1]:
         axis.set_xlabel("steps")
     for axis in axes[:, 0]:
@@ -191,11 +174,10 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle("Median and range over the seeds; equal steps, equal oracle calls")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=cells,
+    cells=grid_cells(method=SETTINGS, program=PROGRAMS),
     measure_cell=measure,
     findings=findings,
     body=body,

@@ -109,7 +109,6 @@ from hypergrad.bench import (
     Row,
     select,
 )
-from hypergrad.bench.timing import measure_seconds
 
 from .shared.ijcnn1_runs import (
     AT,
@@ -128,6 +127,7 @@ from .shared.ijcnn1_runs import (
     search_row,
 )
 from .shared.published_traces import method_lines, plot_traces, step_columns
+from .shared.tuning import with_seconds
 
 SOURCE = "benchopt/results, benchmark_bilevel/outputs"
 PRESENT = ", present code"
@@ -154,17 +154,6 @@ def run(method: str, seed: int) -> Row:
         values = np.minimum.accumulate(np.asarray(trace.value))
         return search_row(values, np.asarray(trace.cost))
     return run_loop(method, seed)
-
-
-def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the numbers and seconds of a cell."""
-    del rows
-    with measure_seconds() as seconds:
-        row = run(cell["method"], cell["seed"])
-    return row | {
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
 
 
 def cells(scale: str, seeds: int) -> list[Cell]:
@@ -290,7 +279,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 table = MeasurementTable(
     cells=cells,
-    measure_cell=measure,
+    measure_cell=with_seconds(lambda cell: run(cell["method"], cell["seed"])),
     columns=(
         *COLUMNS,
         *step_columns((FULL_BATCH_EVALUATION * k for k in AT), ".5f"),

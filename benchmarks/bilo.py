@@ -50,7 +50,9 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad.bench import Cell, Column, MeasurementTable, Published, Row, select
 
+from .shared.plots import make_panels
 from .shared.torch_random import TorchGenerator
+from .shared.tuning import cells_with_seeds
 
 WIDTH, NUM_POINTS, NUM_INTERVALS = 64, 11, 100
 PRETRAINING, NUM_STEPS = 1001, 3001
@@ -314,25 +316,9 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     return METHODS[cell["method"]](cell["seed"])
 
 
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns one cell per method, and one per seed where the start varies."""
-    del scale
-    has_seeds = lambda method: method == "BiLO, other starts"
-    return [
-        {"method": method, "seed": seed}
-        for method in METHODS
-        for seed in range(seeds if has_seeds(method) else 1)
-    ]
-
-
 def plot(rows: list[Row], path: Path) -> None:
     """Plots D against the steps, and its difference from the row *BiLO*."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, (left, right) = make_panels(1, 2, (13, 5))
     (reference,) = select(rows, method="BiLO")
     (best_fit,) = select(rows, method="least squares")
     for i, method in enumerate(METHODS):
@@ -357,12 +343,13 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 NOTEBOOK = "tutorial_scalar.ipynb"
 table = MeasurementTable(
-    cells=cells,
+    cells=cells_with_seeds(
+        dict.fromkeys(METHODS, 1) | {"BiLO, other starts": math.inf}
+    ),
     measure_cell=measure,
     columns=(
         *(Column(f"D_{k}", f"D at {k}", ".4f") for k in PUBLISHED),

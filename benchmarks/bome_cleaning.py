@@ -73,7 +73,6 @@ from jaxtyping import Array, PyTree
 import hypergrad as hg
 from hypergrad import datasets
 from hypergrad.bench import (
-    Cell,
     Column,
     Finding,
     MeasurementTable,
@@ -81,9 +80,10 @@ from hypergrad.bench import (
     Row,
     select,
 )
-from hypergrad.bench.timing import measure_seconds
 
+from .shared.plots import make_panels
 from .shared.torch_random import TorchGenerator
+from .shared.tuning import cells_with_seeds, with_seconds
 
 SOURCE = "hpo/save_data_cleaning/mnist_pretrained.stats"
 NOISY, VALIDATION, CLEAN = (
@@ -324,17 +324,6 @@ def run(method: str) -> Row:
     }
 
 
-def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the numbers and seconds of a cell."""
-    del rows
-    with measure_seconds() as seconds:
-        row = run(cell["method"])
-    return row | {
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
-
-
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns the order of the rows, and what the selection of an epoch decides."""
     percent = lambda row: 100 * row["test_accuracy"]
@@ -373,9 +362,7 @@ PUBLISHED = {
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots test accuracy and test loss by cost, with the numbers of the authors."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, axes = make_panels(1, 2, (12, 4.8))
     panels = (("accuracy", 100, "test accuracy, %"), ("loss", 1, "test loss"))
     for axis, (name, scale, label) in zip(axes, panels, strict=True):
         for i, row in enumerate(rows):
@@ -398,12 +385,11 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [{"method": method, "seed": 0} for method in METHODS],
-    measure_cell=measure,
+    cells=cells_with_seeds(dict.fromkeys(METHODS, 1)),
+    measure_cell=with_seconds(lambda cell: run(cell["method"])),
     seeds=1,
     columns=(
         Column("test_loss", form=".5f"),

@@ -15,9 +15,7 @@ which nothing used and which took more than a third of their budget. Its claims 
 were not supported then, with gains of 3.6 to 4.1 points over the baseline.
 """
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import hypergrad as hg
@@ -34,18 +32,18 @@ from hypergrad.bench import (
 from hypergrad.tasks import cleaning
 
 from .shared import task_plots as plots
+from .shared.example_weights import count_weights, trainers
+from .shared.task_runs import implicit_by_cg, minimize_task
 
 OPTIMIZER = optax.adam(0.3)
+train, retrain = trainers(cleaning.train_loss)
 
 
 def learn_by(estimator):
     """Returns the method that moves the weights by Adam along hypergradients."""
 
     def method(task, *, budget, key):
-        return hg.minimize(
-            task.problem, estimator, OPTIMIZER, task.w, task.alpha, space=task.space,
-            budget=budget, key=key,
-        )  # fmt: skip
+        return minimize_task(task, estimator, OPTIMIZER, key, budget=budget)
 
     return method
 
@@ -75,41 +73,20 @@ def clean_labels(task, *, budget, key):
     return baselines.trace_of_point(task, w, task.alpha, key)
 
 
-@jax.jit
-def train(w, alpha, data, key):
-    """Returns the minimum of the weighted training loss, found by Newton's method."""
-    w, _ = hg.Newton().solve(cleaning.train_loss, w, alpha, data, key)
-    return w
-
-
-def retrain(task, alpha, key):
-    """Returns the model trained from zero with the learned weights."""
-    return train(task.w, alpha, task.problem.inner_data, key)
-
-
 def describe_weights(task, trace, w, key) -> Row:
     """Returns F1, the largest adjoint residual, and histograms of the weights."""
     if len(trace.value) < 2:  # nothing was learned
         return {}
-    count = lambda mask: np.histogram(trace.alpha[mask], 40, (0, 1))[0].tolist()
-    wrong = task.splits["train"]["wrong"]
     return {
         "f1": float(task.metrics["f1"](w, trace.alpha, key)),
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
-        "wrong_weights": count(wrong),
-        "clean_weights": count(~wrong),
+        **count_weights(trace.alpha, task.splits["train"]["wrong"]),
     }
 
 
 SOLVER = cleaning.SOLVER
 HYPERGRADIENTS = {
-    "implicit": learn_by(
-        hg.Implicit(
-            SOLVER,
-            hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
-            estimate_error=False,
-        )
-    ),
+    "implicit": learn_by(implicit_by_cg(SOLVER, rtol=1e-2, max_steps=20)),
     "neumann": learn_by(
         hg.Implicit(SOLVER, hg.Neumann(num_terms=20), estimate_error=False)
     ),

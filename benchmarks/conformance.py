@@ -54,7 +54,6 @@ Hyperparameters and tolerances were chosen on the problems of seed 101.
 """
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ import numpy as np
 
 import hypergrad as hg
 from hypergrad.bench import Cell, MeasurementTable, Row, select
+from hypergrad.bench.report import markdown_table
 from hypergrad.estimators.base import STATS
 from hypergrad.runtime.compat import enable_x64
 
@@ -83,6 +83,7 @@ from .shared.conformance_cases import (
 )
 from .shared.conformance_findings import findings
 from .shared.problem_setup import ProblemSetup, as_rows
+from .shared.program import timed
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
@@ -143,13 +144,6 @@ def refusal(gradient_fn: Callable, w: Any, alpha: Any) -> str:
     raise AssertionError("an estimator accepts what the table expects it to refuse")
 
 
-def timed(gradient_fn: Callable, *arguments: Any) -> tuple[hg.Estimate, float]:
-    """Returns an estimate and the seconds that it took."""
-    start_time = time.perf_counter()
-    estimate = jax.block_until_ready(gradient_fn(*arguments))
-    return estimate, time.perf_counter() - start_time
-
-
 def value_of(cell: Cell, setup: ProblemSetup) -> Any:
     """Returns the hyperparameter; for a series the number of terms that it needs."""
     value = cell["setting"]
@@ -202,8 +196,7 @@ def worst_error(
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per estimator: its largest errors over structures and its cost."""
-    header = ["estimator", "promise", *GROUPS, "grad-eq", "HVPs"]
-    lines = [
+    text = (
         "Largest relative error of the hypergradient over the structures of a problem, "
         "float64 / float32; - where an estimator does not apply. Promise: the error "
         "that the estimator states, q being the contraction of gradient descent. The "
@@ -212,11 +205,9 @@ def body(rows: list[Row]) -> list[str]:
         "inner solve is Newton's method; it is descent down to rounding for "
         "num_newton_steps=1, for estimators that differentiate steps and for "
         "PersistentEvolution. The cost of SOBA is that of the last of its steps, twice "
-        "as many as those that Unrolled makes.",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-    ]
+        "as many as those that Unrolled makes."
+    )
+    cells = []
     for method in TABLE_METHODS:
         line = [method, METHODS[method].promise]
         for problems in GROUPS.values():
@@ -226,8 +217,9 @@ def body(rows: list[Row]) -> list[str]:
         place = {"kind": "error", "problem": "network", "structure": "pytree"}
         (cost,) = select(rows, method=method, dtype="float64", **place)
         line += [f"{cost['gradient_equivalents']:.0f}", f"{cost['num_hvps']:.0f}"]
-        lines.append("| " + " | ".join(line) + " |")
-    return lines
+        cells.append(line)
+    headings = ["estimator", "promise", *GROUPS, "grad-eq", "HVPs"]
+    return [text, "", *markdown_table(headings, cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -72,21 +72,23 @@ from hypergrad.bench import (
     difference_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 from hypergrad.tasks.cleaning import NUM_TRAIN
 
 from .shared import plots
 from .shared.outcomes import conclude
 from .shared.program import program
+from .shared.row_columns import column, mean_text, quartiles_text
 from .shared.single_loop import DOUBLE_LOOP, SEARCH, TOTAL, falling, family, paid_for
 from .shared.single_loop import METHODS as FAMILY
 from .shared.single_loop_rates import (
-    TUNING_SEEDS,
     choose_pair,
     count_affordable_steps,
     is_at_edge,
     rate_table,
 )
-from .shared.tuning import DIGITS, digits, tune_and_run
+from .shared.task_runs import minimize_task
+from .shared.tuning import DIGITS, TUNING_SEEDS, digits, grid_cells, tune_and_run
 from .shared.wrong_labels import FIXED, RunConfig, make_config, make_task, scores_of
 
 BATCH, BUDGET = 100, 1000
@@ -103,7 +105,6 @@ GRID_COST = BUDGET * len(TUNING_SEEDS) * len(FIRST_GRID)
 SEARCH_BUDGETS = {SEARCH: BUDGET, TOTAL: BUDGET + GRID_COST // (len(PENALTIES) + 1)}
 MIN_CLOSED, MIN_METHODS = 0.6, 4  # claimed fraction of the gap, and number of methods
 RESPLITS = Resplits(test_to_train=647 / 1150)
-QUARTILES = (0.25, 0.5, 0.75)
 
 
 def learn_weights(
@@ -118,18 +119,15 @@ def learn_weights(
     learning_rate: Any = (
         falling(outer_rate) if method.endswith("falling") else outer_rate
     )
-    return hg.minimize(
-        task.problem,
+    return minimize_task(
+        task,
         family(rate, NUM_TRAIN // BATCH)[method](),
         optax.chain(
             optax.adam(learning_rate),
             optax.scale_by_schedule(lambda step: jnp.asarray(step) < num_paid),
         ),
-        task.w,
-        task.alpha,
+        jax.random.fold_in(config[0], 1),
         num_steps=num_steps,
-        key=jax.random.fold_in(config[0], 1),
-        space=task.space,
     )
 
 
@@ -278,9 +276,7 @@ def random_search(
 
 def accuracies(rows: list[Row], method: str, fraction: float) -> np.ndarray:
     """Returns the test accuracies in per cent, by seed."""
-    method_rows = select(rows, method=method, share=fraction)
-    method_rows.sort(key=lambda row: row["seed"])
-    return 100 * np.array([row["accuracy"] for row in method_rows])
+    return 100 * column(rows, "accuracy", method=method, share=fraction)
 
 
 def closed_fraction(rows: list[Row], method: str, fraction: float) -> Interval | None:
@@ -332,16 +328,16 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns the table of accuracies at each fraction, and costs."""
-    lines = [
+    text = (
         "Test accuracy where 50%, 70% and 90% of 1,000 training labels are wrong, "
         "median [quartiles]; gap: the fraction of the gap from baseline to oracle that "
         "is closed at 50%; F1 of detecting wrong labels there; tuning: of the penalty, "
-        "per row; grid: of the rates, once.",
-        "",
-        "| method | 50% | 70% | 90% | gap | F1 | grad-eq | gradients | HVPs | steps "
-        "| tuning grad-eq | grid grad-eq |",
-        "|" + "---|" * 12,
-    ]
+        "per row; grid: of the rates, once."
+    )
+    headings = (
+        "method", "50%", "70%", "90%", "gap", "F1", "grad-eq", "gradients", "HVPs",
+        "steps", "tuning grad-eq", "grid grad-eq",
+    )  # fmt: skip
     columns = {
         "gradient_equivalents": ".0f",
         "num_grads": ".0f",
@@ -350,6 +346,7 @@ def body(rows: list[Row]) -> list[str]:
         "tuning_cost": ",.0f",
         "grid_cost": ",.0f",
     }
+    lines = []
     for method in METHODS:
         method_rows = select(rows, method=method)
         if not method_rows:
@@ -357,25 +354,14 @@ def body(rows: list[Row]) -> list[str]:
         interval = closed_fraction(rows, method, FRACTIONS[0])
         gap = "-" if interval is None else f"{interval.mean:.0%}".replace("-0%", "0%")
         cells = [
-            *(quartiles(accuracies(rows, method, x)) for x in FRACTIONS),
+            method,
+            *(quartiles_text(accuracies(rows, method, x), ".1f") for x in FRACTIONS),
             gap,
             mean_text(select(method_rows, share=FRACTIONS[0]), "f1", ".2f"),
             *(mean_text(method_rows, name, form) for name, form in columns.items()),
         ]
-        lines.append("| " + " | ".join([method, *cells]) + " |")
-    return lines
-
-
-def quartiles(values: np.ndarray) -> str:
-    """Returns the text ``median [first quartile, third quartile]``."""
-    low, median, high = np.quantile(values, QUARTILES)
-    return f"{median:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def mean_text(rows: list[Row], name: str, form: str) -> str:
-    """Returns the mean of a column; "-" if no row has a number."""
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return format(np.mean(values), form) if values else "-"
+        lines.append(cells)
+    return [text, "", *markdown_table(headings, lines)]
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -393,12 +379,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"method": method, "share": fraction, "seed": seed}
-        for method in METHODS
-        for fraction in FRACTIONS
-        for seed in range(seeds)
-    ],
+    cells=grid_cells(method=METHODS, share=FRACTIONS),
     measure_cell=measure_cell,
     earlier_stages=(
         Stage(

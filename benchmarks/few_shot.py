@@ -71,6 +71,7 @@ from hypergrad.tasks import few_shot
 from hypergrad.tasks.few_shot import SOLVERS
 
 from .shared import task_plots as plots
+from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 
 BUDGET = 4_000
 RATES = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of Adam; 0 leaves all as it begins
@@ -118,11 +119,7 @@ NUM_STEPS = {name: solver.num_steps for name, solver in SOLVERS.items()}
 HYPERGRADIENTS = {
     "maml": (hg.Unrolled, 3 * NUM_STEPS["maml"] + 1 + QUERY_COST),
     "imaml": (
-        lambda solver: hg.Implicit(
-            solver,
-            hg.CG(max_steps=NUM_PRODUCTS, preconditioner=None),
-            estimate_error=False,
-        ),
+        lambda solver: implicit_by_cg(solver, max_steps=NUM_PRODUCTS),
         NUM_STEPS["imaml"] + 2 * (NUM_PRODUCTS + 2) + QUERY_COST,
     ),
     "ridge head": (hg.Unrolled, 4 + QUERY_COST),
@@ -133,10 +130,9 @@ HYPERGRADIENTS = {
 def run_adam(name, num_steps, task, learning_rate, key):
     """Returns the trace of a method."""
     estimator = HYPERGRADIENTS[name][0](task.solver)
-    return hg.minimize(
-        task.problem, estimator, optax.adam(learning_rate), task.w, task.alpha,
-        num_steps=num_steps, key=key,
-    )  # fmt: skip
+    return minimize_task(
+        task, estimator, optax.adam(learning_rate), key, num_steps=num_steps, space=None
+    )
 
 
 def gradient_method(name, variant):
@@ -157,10 +153,7 @@ def random_search(task, *, budget, key):
         "log_penalty": hg.spaces.Interval(-3.0, 3.0),
         "scale": hg.spaces.Interval(0.1, 10.0, log=True),
     }
-    return hg.search(
-        task.problem, task.solver, hg.searchers.Random(), task.w,
-        space=space, budget=budget, key=key,
-    )  # fmt: skip
+    return search_task(task, budget, key, space=space)
 
 
 def initial_space(leaf: Array) -> hg.spaces.Interval:

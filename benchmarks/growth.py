@@ -59,6 +59,7 @@ import numpy as np
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
 from .shared.growth_devices import DEVICES, SIZES_PER_DEVICE, count_on_devices
@@ -174,23 +175,24 @@ def check_uncounted(rows: list[Row]) -> Finding:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per estimator: fitted exponents, those of theory in brackets."""
-    headings = [f"{column}, {axis}" for column in COLUMNS for axis in AXES]
-    lines = [
+    text = (
         "Fitted exponents of operations and of scratch bytes of one hypergradient, "
-        "compiled and not run; those of theory in brackets.",
-        "",
-        f"| estimator | {' | '.join(headings)} |",
-        "|---" * (1 + len(headings)) + "|",
-    ]
-    for method in METHODS:
-        texts = [
-            f"{exponent(*line(rows, method, axis, column)):z.2f} "
-            f"[{theory(method, column, axis):g}]"
-            for column in COLUMNS
-            for axis in AXES
+        "compiled and not run; those of theory in brackets."
+    )
+    pairs = list(itertools.product(COLUMNS, AXES))
+    cells = [
+        [
+            method,
+            *(
+                f"{exponent(*line(rows, method, axis, column)):z.2f} "
+                f"[{theory(method, column, axis):g}]"
+                for column, axis in pairs
+            ),
         ]
-        lines.append(f"| {method} | {' | '.join(texts)} |")
-    return lines
+        for method in METHODS
+    ]
+    headings = ["estimator", *map(", ".join, pairs)]
+    return [text, "", *markdown_table(headings, cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -47,6 +47,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
+from hypergrad.bench.report import markdown_table
 
 from .peers.harness import MAX_OTHER_LOAD, MAX_ROUNDS, NUM_CLEAN, hardware
 from .peers.worker import time_calls
@@ -221,17 +222,15 @@ def is_incomplete(row: Row) -> bool:
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per estimator: fitted exponents, those of theory in brackets."""
     machine, num_discarded = rows[0], sum(row["discarded"] for row in rows)
-    lines = [
+    text = (
         "Fitted exponents of the seconds of one hypergradient, warm; theory's in "
         "brackets. *Minimal*: a call with next to no work. "
         f"{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory'] / 2**30:.0f} GiB, float32; sizes in turns, medians of "
         f"{NUM_CLEAN} rounds, {num_discarded} discarded while other processes "
-        f"took over {MAX_OTHER_LOAD:.0%} of a core.",
-        "",
-        f"| estimator | {' | '.join(AXES)} | minimal, µs |",
-        "|---" * (2 + len(AXES)) + "|",
-    ]
+        f"took over {MAX_OTHER_LOAD:.0%} of a core."
+    )
+    cells = []
     for method in METHODS:
         method_rows = [line_row(rows, method, axis) for axis in AXES]
         texts = [
@@ -239,8 +238,9 @@ def body(rows: list[Row]) -> list[str]:
             for row in method_rows
         ]
         fixed = statistics.median(x for row in method_rows for x in row["fixed"])
-        lines.append(f"| {method} | {' | '.join(texts)} | {1e6 * fixed:.0f} |")
-    return lines
+        cells.append([method, *texts, f"{1e6 * fixed:.0f}"])
+    headings = ["estimator", *AXES, "minimal, µs"]
+    return [text, "", *markdown_table(headings, cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

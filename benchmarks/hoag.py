@@ -67,6 +67,10 @@ from hypergrad.bench import (
 )
 from hypergrad.runtime.compat import enable_x64
 
+from .shared.plots import make_panels
+from .shared.task_runs import implicit_by_cg
+from .shared.tuning import cells_with_seeds
+
 PUBLISHED = -4.5625978805564
 NUM_TRAIN, NUM_TEST, NUM_WORDS = 11_314, 7_532, 130_108
 LOW, HIGH, NUM_STEPS, NUM_TRIALS = -6.0, 6.0, 49, 10
@@ -138,11 +142,7 @@ def differentiate(
     for a first estimate from ``w``.
     """
     tolerance, rtol = tols
-    estimator = hg.Implicit(
-        hg.LBFGS(max_steps=5000, tolerance=tolerance),
-        hg.CG(rtol=rtol, preconditioner=None),
-        estimate_error=False,
-    )
+    estimator = implicit_by_cg(hg.LBFGS(max_steps=5000, tolerance=tolerance), rtol=rtol)
     if state is None:
         state = estimator.init(problem, w, alpha)
     return estimator.estimate(problem, state, alpha, jax.random.key(0))
@@ -309,14 +309,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the outer loss over ``alpha``, and the best so far against the cost."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(13, 5.5), layout="constrained"
-    )
+    figure, (left, right) = make_panels(1, 2, (13, 5.5))
     min_loss = min(row["outer_loss"] for row in rows)
     for i, row in enumerate(row for row in rows if row["curve"]):
         alpha, value, cost = np.array(row["curve"]).T
@@ -338,11 +331,10 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [{"method": x, "seed": 0} for x in METHODS],
+    cells=cells_with_seeds(dict.fromkeys(METHODS, 1)),
     measure_cell=measure,
     columns=(
         Column("alpha", form=".4f"),

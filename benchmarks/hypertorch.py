@@ -38,6 +38,7 @@ one that the notebook prints.
 *Tolerance.* 1e-5, relative: six digits are printed.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -48,11 +49,11 @@ import scipy.optimize
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Column, Finding, MeasurementTable, Row, select
-from hypergrad.bench.timing import measure_seconds
 from hypergrad.runtime.compat import enable_x64
 
 from .shared import reference_problems
 from .shared.published_traces import (
+    COUNT_COLUMNS,
     curve,
     first_cost_below,
     method_lines,
@@ -61,6 +62,7 @@ from .shared.published_traces import (
     step_columns,
     trace_row,
 )
+from .shared.tuning import cells_with_seeds, with_seconds
 
 SOURCE = "hypertorch, examples/logistic_regression.ipynb"
 NOTEBOOK = "last 10 steps"
@@ -213,25 +215,10 @@ def run(method: str, seed: int) -> Row:
     return row | measure_losses(alpha, on_both=True)
 
 
-def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the numbers and seconds of a cell."""
-    del rows
-    with enable_x64(True), measure_seconds() as seconds:
-        row = run(cell["method"], cell["seed"])
-    return row | {
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
-
-
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns one cell per method; random search has one per seed."""
-    del scale
-    return [
-        {"method": method, "seed": seed}
-        for method in METHODS
-        for seed in range(seeds if method == "random search" else 1)
-    ]
+def run_cell(cell: Cell) -> Row:
+    """Returns the numbers of a cell."""
+    with enable_x64(True):
+        return run(cell["method"], cell["seed"])
 
 
 BODY_COLUMNS = (
@@ -239,9 +226,7 @@ BODY_COLUMNS = (
     Column("h", form=".6f"),
     Column("test", form=".6f"),
     Column("cost", "cost to 0.2806", ".0f"),
-    Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
-    Column("num_grads", "inner gradients", ".0f", has_deviation=False),
-    Column("num_hvps", "HVPs", ".0f", has_deviation=False),
+    *COUNT_COLUMNS,
     Column("num_untrusted", "untrusted", ".0f", has_deviation=False),
 )
 
@@ -276,8 +261,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 table = MeasurementTable(
-    cells=cells,
-    measure_cell=measure,
+    cells=cells_with_seeds(dict.fromkeys(METHODS, 1) | {"random search": math.inf}),
+    measure_cell=with_seconds(run_cell),
     columns=(
         *(Column(f"inner_{step}", f"inner step {step}", ".6f") for step in INNER),
         *step_columns(OUTER),

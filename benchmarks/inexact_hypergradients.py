@@ -72,7 +72,9 @@ from hypergrad.bench import (
 from hypergrad.runtime.compat import enable_x64
 
 from .shared.inexact_solvers import InexactSolver, ResidualSolver
+from .shared.plots import make_panels
 from .shared.torch_random import TorchGenerator
+from .shared.tuning import cells_with_seeds
 
 NUM_TRAIN, NUM_OUTER, NUM_WRONG = 20_000, 5_000, 2_000
 PENALTY, STEP_SIZE = 0.001, 10.0
@@ -324,11 +326,7 @@ def published() -> dict[tuple[str, str], Published]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the outer loss against iterations, and the errors of hypergradients."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12.5, 5), layout="constrained"
-    )
+    figure, (left, right) = make_panels(1, 2, (12.5, 5))
     numbers = {label(*cell): values for cell, values in AUTHORS.items()}
     for i, row in enumerate(row for row in rows if "error" in row):
         style = {"color": f"C{i % 10}", "linestyle": "--" if i >= len(AUTHORS) else "-"}
@@ -347,13 +345,10 @@ def plot(rows: list[Row], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"method": method, "seed": 0} for method in (*METHODS, *REFERENCES)
-    ],
+    cells=cells_with_seeds(dict.fromkeys((*METHODS, *REFERENCES), 1)),
     measure_cell=measure,
     columns=(
         Column("inner", form=".0f"),

@@ -79,6 +79,8 @@ from .shared.mnist import (
     standardize,
     targets_of,
 )
+from .shared.plots import make_figure
+from .shared.tuning import cells_of
 
 NUM_TARGETS, NUM_STEPS, EVAL_EVERY = 5_000, 500, 50
 SIZES, RATE, NUM_DRAWS = (1, 10), 0.04, 100
@@ -227,14 +229,8 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots test accuracies against steps, and the images of one seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(13, 8), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
-    top, bottom = parts
+    figure = make_figure((13, 8))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     for axis, size in zip(top.subplots(1, 2), SIZES, strict=True):
         column, lines = f"accuracy_{size}", 0
         for i, method in enumerate(METHODS):
@@ -266,7 +262,6 @@ def plot(rows: list[Row], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(row["method"], rotation=0, ha="right", fontsize=8)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def number(value: float, deviation: float, tolerance: float) -> Published:
@@ -284,9 +279,7 @@ PUBLISHED = {
 }
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"method": method, "seed": seed} for method in METHODS for seed in range(seeds)
-    ],
+    cells=cells_of(METHODS),
     measure_cell=measure,
     columns=(
         Column("accuracy_1", "1 per class, %", ".2f"),

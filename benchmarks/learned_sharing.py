@@ -54,7 +54,6 @@ than tied networks, and tied a lower one than separate.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +73,7 @@ from hypergrad.bench import (
     select,
 )
 
+from .shared.plots import make_figure
 from .shared.rotated_alphabets import (
     ALPHABETS,
     Examples,
@@ -296,11 +296,8 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots what the layers share after learning, and the test loss of each row."""
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(13, 5.2), layout="constrained")
-    parts: Any = figure.subfigures(1, 2, width_ratios=(1.05, 1))
-    left, right = parts
+    figure = make_figure((13, 5.2))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.05, 1))
     axes, image = left.subplots(1, NUM_LAYERS), None
     names = [*ALPHABETS, *(f"{name}, rotated" for name in ALPHABETS)]
     for row in select(rows, method="learned sharing"):
@@ -337,7 +334,6 @@ def plot(rows: list[Row], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def number(value: float) -> Published:

@@ -56,12 +56,10 @@ import functools
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.bench import Finding, Row
 
 from .shared.logistic_systems import BATCH, Samples, binary_loss, make_system
 from .shared.single_loop_table import (
-    compare_final_values,
-    first_at_plateau,
+    compare_with_soba,
     make_table,
 )
 
@@ -97,19 +95,9 @@ SYSTEM = make_system(
 )  # fmt: skip
 
 
-def findings(rows: list[Row]) -> list[Finding]:
-    """Returns whether SABA ends below SOBA, and SOBA is first at its plateau."""
-    return [
-        compare_final_values(rows, "SABA", "SOBA", 1),
-        compare_final_values(rows, "SRBA", "SOBA"),
-        compare_final_values(rows, "AmIGO", "SOBA"),
-        first_at_plateau(rows, "SOBA"),
-    ]
-
-
 table = make_table(
     SYSTEM,
-    findings,
+    functools.partial(compare_with_soba, min_ratio=1, other="AmIGO"),
     source="Dagréou et al. 2022 (arXiv 2201.13409)",
     data="ijcnn1, or a synthetic stand-in",
     arrays=lambda: {"x": ijcnn1().x, "y": ijcnn1().y},

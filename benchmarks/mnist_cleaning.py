@@ -111,6 +111,8 @@ from .shared.noisy_mnist import (
     train_model,
     train_on_kept,
 )
+from .shared.plots import make_panels
+from .shared.task_runs import minimize_task, search_task
 
 BUDGET = 3000
 RATES = (0.03, 0.1, 0.3)
@@ -173,10 +175,8 @@ def learn_by(make_run: Callable[[Task], tuple[hg.Bilevel, hg.Estimator]]) -> Cal
 
     def method(task: Task, *, budget: float, key: Array, rate: float) -> hg.Trace:
         problem, estimator = make_run(task)
-        return hg.minimize(
-            problem, estimator, adam(rate), task.w, task.alpha, space=task.space,
-            budget=budget, key=key,
-        )  # fmt: skip
+        task = dataclasses.replace(task, problem=problem)
+        return minimize_task(task, estimator, adam(rate), key, budget=budget)
 
     method.grid = {"rate": RATES}
     return method
@@ -195,20 +195,16 @@ def random_search(task: Task, *, budget: float, key: Array) -> hg.Trace:
     w = train_on_validation(task, training_key)
     losses = classifier.losses(softmax_regression, w, train)
     place = jnp.argsort(jnp.argsort(losses)) / NUM_TRAIN
-    trace = hg.search(
-        hg.Bilevel(
-            loss_of_share,
-            cleaning.val_loss,
-            task.problem.inner_data | {"place": place},
-            task.problem.outer_data,
-        ),
-        SOLVER,
-        hg.searchers.Random(),
-        task.w,
-        space=hg.spaces.Interval(0.0, 1.0),
-        budget=budget - NUM_EPOCHS,
-        key=key,
+    problem = hg.Bilevel(
+        loss_of_share,
+        cleaning.val_loss,
+        task.problem.inner_data | {"place": place},
+        task.problem.outer_data,
     )
+    trace = search_task(
+        task, budget - NUM_EPOCHS, key,
+        problem=problem, solver=SOLVER, space=hg.spaces.Interval(0.0, 1.0),
+    )  # fmt: skip
     kept = (place < trace.best_alpha).astype(float)
     stats = dict(trace.stats)
     for name in ("num_grads", "gradient_equivalents"):  # of the model of the filter
@@ -266,11 +262,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the test accuracy of all seeds, and the weights of reverse mode."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 4.4), layout="constrained"
-    )
+    figure, (left, right) = make_panels(1, 2, (12, 4.4))
     labels = list(dict.fromkeys(row["method"] for row in rows))
     for i, label in enumerate(labels):
         values = [100 * row["test_accuracy"] for row in select(rows, method=label)]
@@ -301,7 +293,6 @@ def plot(rows: list[Row], path: Path) -> None:
     if learned:
         right.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def recalled(percent: float) -> Published:

@@ -60,12 +60,10 @@ import functools
 import numpy as np
 
 import hypergrad as hg
-from hypergrad.bench import Finding, Row
 
 from .shared.logistic_systems import BATCH, Samples, class_loss, make_system
 from .shared.single_loop_table import (
-    compare_final_values,
-    first_at_plateau,
+    compare_with_soba,
     make_table,
 )
 
@@ -94,19 +92,9 @@ SYSTEM = make_system(
 )  # fmt: skip
 
 
-def findings(rows: list[Row]) -> list[Finding]:
-    """Returns whether SABA ends below SOBA, and SOBA is first at its plateau."""
-    return [
-        compare_final_values(rows, "SABA", "SOBA", 1),
-        compare_final_values(rows, "SRBA", "SOBA"),
-        compare_final_values(rows, "AmIGO", "SOBA"),
-        first_at_plateau(rows, "SOBA"),
-    ]
-
-
 table = make_table(
     SYSTEM,
-    findings,
+    functools.partial(compare_with_soba, min_ratio=1, other="AmIGO"),
     source="Dagréou et al. 2022 (arXiv 2201.13409)",
     data="MNIST, or the digits of scikit-learn",
     arrays=lambda: {"x": mnist().x, "y": mnist().y},

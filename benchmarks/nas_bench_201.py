@@ -66,6 +66,9 @@ from hypergrad.bench import (
     select,
 )
 
+from .shared.plots import make_panels
+from .shared.tuning import cells_with_seeds
+
 NUM_EDGES, NUM_OPERATIONS, NUM_CELLS = 6, 5, 108
 SPACE = hg.spaces.Choice(NUM_OPERATIONS, shape=(NUM_EDGES,))
 EDGES_OF_NODES = ((0,), (1, 2), (3, 4, 5))
@@ -224,17 +227,6 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     }
 
 
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns the searches with their seeds, then the references, which have none."""
-    del scale
-    searches = [
-        {"method": method, "seed": seed}
-        for method, (_, _, num_seeds) in SEARCHES.items()
-        for seed in range(min(seeds, num_seeds))
-    ]
-    return searches + [{"method": method, "seed": 0} for method in REFERENCES]
-
-
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns random search with other budgets, and what lies below a random cell."""
     curves = np.array([row["curve"] for row in select(rows, method="random search")])
@@ -255,14 +247,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots accuracy against evaluated cells, and beside it the cited numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(13, 5.5), layout="constrained"
-    )
+    figure, (left, right) = make_panels(1, 2, (13, 5.5))
     value_of = {name: select(rows, method=name)[0]["cifar10"] for name in REFERENCES}
     for i, method in enumerate(SEARCHES):
         curves = np.array([row["curve"] for row in select(rows, method=method)])
@@ -292,7 +277,6 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 #: Published mean and deviation on each of `DATA_SETS`; None if it is not known.
@@ -337,7 +321,10 @@ def published() -> dict[tuple[str, str], Published]:
 
 
 table = MeasurementTable(
-    cells=cells,
+    cells=cells_with_seeds(
+        {method: num_seeds for method, (_, _, num_seeds) in SEARCHES.items()}
+        | dict.fromkeys(REFERENCES, 1)
+    ),
     measure_cell=measure,
     columns=(
         Column("cifar10", "CIFAR-10 %", ".2f"),

@@ -83,6 +83,8 @@ from hypergrad.tasks.task import Task
 
 from .shared import omniglot_tasks as omniglot
 from .shared.omniglot_tasks import FeatureFn
+from .shared.plots import make_panels
+from .shared.task_runs import minimize_task, search_task
 
 BUDGET = {"small": 5_000.0, "paper": 300_000.0}
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
@@ -174,10 +176,9 @@ def accuracy(scores, solver, problem, init_w, w, alpha, key):
 
 def learn(task: Task, *, budget: float, key: Array) -> hg.Trace:
     """Moves what tasks share along hypergradients of one task batch per step."""
-    return hg.minimize(
-        task.problem, hg.Unrolled(task.solver), OPTIMIZER, task.w, task.alpha,
-        budget=budget, key=key,
-    )  # fmt: skip
+    return minimize_task(
+        task, hg.Unrolled(task.solver), OPTIMIZER, key, budget=budget, space=None
+    )
 
 
 def ridge(task: Task, *, budget: float, key: Array, penalty: float) -> hg.Trace:
@@ -201,10 +202,7 @@ def random_search(task: Task, *, budget: float, key: Array) -> hg.Trace:
         "log_penalty": hg.spaces.Interval(-3.0, 3.0),
         "log_scale": hg.spaces.Interval(0.0, float(np.log(100.0))),
     }
-    return hg.search(
-        task.problem, task.solver, hg.searchers.Random(), task.w,
-        space=space, budget=budget, key=key,
-    )  # fmt: skip
+    return search_task(task, budget, key, space=space)
 
 
 METHODS = {
@@ -235,9 +233,7 @@ def learning_curve(task: Task, trace: hg.Trace, w: PyTree, key: Array) -> Row:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the query losses of the methods that learn, and all accuracies."""
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = make_panels(1, 2, (11, 4))
     labels = list(dict.fromkeys(row["method"] for row in rows))
     for i, label in enumerate(labels):
         of_label = select(rows, method=label)
@@ -267,7 +263,6 @@ def plot(rows: list[Row], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 table = Table(

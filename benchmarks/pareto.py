@@ -104,6 +104,7 @@ from hypergrad.bench import (
     Cell,
     Check,
     Claim,
+    Column,
     Comparison,
     Finding,
     MeasurementTable,
@@ -113,8 +114,10 @@ from hypergrad.bench import (
     select,
 )
 from hypergrad.bench.claims import evaluate_claims
+from hypergrad.bench.report import markdown_table
 
 from .shared import pareto_plot
+from .shared.outcomes import stays_within
 from .shared.pareto_methods import (
     BLOCK,
     BUDGET,
@@ -137,36 +140,30 @@ from .shared.pareto_network import (
     committed_passes,
     cost_fractions_of,
 )
-from .shared.stages import markdown_table, tuning_row
-from .shared.tuning import DIGITS, digits
+from .shared.row_columns import column, mean_text, rows_by_seed
+from .shared.stages import tuning_row
+from .shared.tuning import DIGITS, choose_on_seeds, digits
 
 OTHER_REFERENCES = (1.0, 1.0), (0.5, 1.0)  # at which nothing is claimed
 BETTER_SEARCH = f"the better of {' and '.join(SEARCH_METHODS)} on each seed"
 
 # Tuning.
 
-TUNING_SEEDS = (100, 101)
-
 
 def tune(cell: Cell, rows: list[Row]) -> Row:
     """Returns the volumes of a method at each setting, for error against flops."""
     del rows
     method, cost, settings = cell["method"], COSTS[0], settings_of(cell["method"])
-    fronts = [
-        [
-            front_row(
-                networks_of(method, seed, cost, setting), cost, committed_latency()
-            )
-            for seed in TUNING_SEEDS
-        ]
-        for setting in settings
-    ]
-    volumes = [float(np.mean([row["val_volume"] for row in x])) for x in fronts]
+    run_on = lambda setting, seed: front_row(
+        networks_of(method, seed, cost, setting), cost, committed_latency()
+    )
+    volume_of = lambda row: row["val_volume"]
+    choice = choose_on_seeds(run_on, settings, volume_of, higher_is_better=True)
     return {
         "settings": list(settings),
-        "volumes": volumes,
-        "setting": settings[int(np.argmax(volumes))],
-        "tuning_cost": sum(row["gradient_equivalents"] for x in fronts for row in x),
+        "volumes": choice.scores,
+        "setting": choice.setting,
+        "tuning_cost": choice.tuning_cost,
     }
 
 
@@ -219,17 +216,6 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
 # Findings.
 
 
-def rows_by_seed(rows: list[Row], method: str, cost: str) -> list[Row]:
-    """Returns the rows of a method and cost, by seed."""
-    return sorted(select(rows, method=method, cost=cost), key=lambda row: row["seed"])
-
-
-def column(rows: list[Row], method: str, cost: str, name: str) -> np.ndarray:
-    """Returns a column by seed, NaN where a row has no number."""
-    values = [row[name] for row in rows_by_seed(rows, method, cost)]
-    return np.array(values, float)
-
-
 def with_better_search(rows: list[Row]) -> list[Row]:
     """Returns the rows, and a row per cost and seed of the better search."""
     searches = [row for row in rows if row["method"] in SEARCH_METHODS]
@@ -254,7 +240,7 @@ def volumes_at(
     """Returns ``method -> test hypervolumes`` at another reference."""
     return lambda method: [
         volume(row["test"], row["fraction"], reference)
-        for row in rows_by_seed(rows, method, cost)
+        for row in rows_by_seed(rows, method=method, cost=cost)
     ]
 
 
@@ -272,7 +258,7 @@ def volumes_with(rows: list[Row], latency: Any) -> Callable[[str], list[float]]:
 
     return lambda method: [
         volume(row["test"], fractions(row))
-        for row in rows_by_seed(rows, method, "latency")
+        for row in rows_by_seed(rows, method=method, cost="latency")
     ]
 
 
@@ -325,47 +311,37 @@ def findings(rows: list[Row]) -> list[Finding]:
     return lines
 
 
-def stays_within_budget(rows: Any) -> tuple[bool, str]:
-    """Returns whether no front exceeds the budget, and the largest cost."""
-    max_cost = max(row["gradient_equivalents"] for row in rows)
-    return max_cost <= BUDGET, f"{max_cost:,.0f} at most"
-
-
 # Report.
 
 
-def mean_text(values: np.ndarray, form: str) -> str:
-    """Returns mean and deviation over the seeds that have a number."""
-    x = values[~np.isnan(values)]
-    if not x.size:
-        return "-"
-    text = f"{x.mean():{form}} ± {x.std(ddof=min(1, x.size - 1)):{form}}"
-    return text + f" ({x.size} of {values.size})" * (x.size < values.size)
+VOLUMES = (
+    Column("test_volume", "hypervolume, test", ".4f"),
+    Column("val_volume", "on validation", ".4f"),
+    Column("small_error", f"test error at {SMALL:g}", ".1%"),
+)
 
 
 def table_cells(rows: list[Row], method: str, cost: str) -> list[str]:
     """Returns a row of the printed table."""
-    values = lambda name: column(rows, method, cost, name)
-    method_rows = rows_by_seed(rows, method, cost)
+    method_rows = rows_by_seed(rows, method=method, cost=cost)
     return [
         method,
-        mean_text(values("test_volume"), ".4f"),
-        mean_text(values("val_volume"), ".4f"),
-        mean_text(values("small_error"), ".1%"),
+        *(volume_column.text(method_rows) for volume_column in VOLUMES),
         f"{np.mean([len(row['fraction']) for row in method_rows]):.0f}",
-        f"{values('networks').mean():.0f}",
-        f"{values('gradient_equivalents').mean():,.0f}",
+        mean_text(method_rows, "networks", ".0f"),
+        mean_text(method_rows, "gradient_equivalents", ",.0f"),
         setting_text(method_rows[0]["setting"]),
-        f"{values('tuning_cost')[0]:,.0f}",
+        f"{method_rows[0]['tuning_cost']:,.0f}",
     ]
 
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a table per cost."""
-    headings = (
-        "method", "hypervolume, test", "on validation", f"test error at {SMALL:g}",
-        "on the front", "networks", "grad-eq", "setting", "tuning grad-eq",
-    )  # fmt: skip
+    volume_headings = [volume_column.heading for volume_column in VOLUMES]
+    headings = [
+        "method", *volume_headings, "on the front", "networks", "grad-eq", "setting",
+        "tuning grad-eq",
+    ]  # fmt: skip
     labels = {row["method"] for row in rows}
     lines = []
     for cost in COSTS:
@@ -387,7 +363,10 @@ def plot(rows: list[Row], path: Path) -> None:
         for cost in COSTS
     }
     volumes = {
-        cost: {x: column(rows, x, cost, "test_volume").tolist() for x in METHODS}
+        cost: {
+            method: column(rows, "test_volume", method=method, cost=cost).tolist()
+            for method in METHODS
+        }
         for cost in COSTS
     }
     pareto_plot.fronts(fronts, volumes, tuple(SEARCH_METHODS), REFERENCE, path)
@@ -410,7 +389,9 @@ table = MeasurementTable(
         ),
     ),
     checks=(
-        Check(f"no front exceeds {BUDGET:,} gradient-equivalents", stays_within_budget),
+        Check(
+            f"no front exceeds {BUDGET:,} gradient-equivalents", stays_within(BUDGET)
+        ),
     ),
     findings=findings,
     body=body,

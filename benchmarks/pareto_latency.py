@@ -26,6 +26,7 @@ from jaxtyping import Array
 
 import hypergrad as hg
 from hypergrad.bench import Finding, MeasurementTable, Row
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
 from .shared.pareto_network import CLASSES, KNOTS
@@ -79,18 +80,17 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns the table of microseconds by pixels and hidden units."""
-    lines = [
+    text = (
         f"Microseconds for {NUM_EXAMPLES:,} examples: the median of {len(rows)} passes,"
-        " in brackets the minimum and the maximum.",
-        "",
-        "| pixels | " + " | ".join(f"{m} hidden" for m in KNOTS[1]) + " |",
-        "|" + "---|" * (1 + len(KNOTS[1])),
-    ]
+        " in brackets the minimum and the maximum."
+    )
+    lines = []
     low, median, high = np.quantile(seconds_of(rows), (0, 0.5, 1), axis=0) * 1e6
     for n, *values in zip(KNOTS[0], low, median, high, strict=True):
         cells = [f"{y:.0f} ({x:.0f}-{z:.0f})" for x, y, z in zip(*values, strict=True)]
-        lines.append("| " + " | ".join([str(n), *cells]) + " |")
-    return lines
+        lines.append([str(n), *cells])
+    headings = ["pixels", *(f"{m} hidden" for m in KNOTS[1])]
+    return [text, "", *markdown_table(headings, lines)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -89,14 +89,13 @@ from pathlib import Path
 import numpy as np
 
 from hypergrad.bench import Cell, MeasurementTable, Row, Stage, select
-from hypergrad.bench.figures import import_pyplot
+from hypergrad.bench.report import markdown_table
 
 from .peers import harness
 from .peers.claims import by_work, contenders_of, findings, hardware_text, seconds
 from .peers.environments import interpreter
 from .peers.work import WORKS
-from .shared.plots import plain_ticks
-from .shared.stages import markdown_table
+from .shared.plots import add_grid, make_panels, plain_ticks
 
 
 def measure_work(cell: Cell, rows: list[Row]) -> Row:
@@ -156,7 +155,6 @@ def body(rows: list[Row]) -> list[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the seconds of each contender that is right, a panel per work."""
-    pyplot = import_pyplot()
     panels = {
         work: {
             name: row["seconds"]
@@ -168,10 +166,9 @@ def plot(rows: list[Row], path: Path) -> None:
     panels = {work: methods for work, methods in panels.items() if methods}
     num_columns = 3
     num_rows = -(-len(panels) // num_columns)
-    figure, axes = pyplot.subplots(
-        num_rows, num_columns, figsize=(13, 2.4 * num_rows), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
+    figure, axes = make_panels(
+        num_rows, num_columns, (13, 2.4 * num_rows), squeeze=False
+    )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (work, methods) in zip(axes.flat, panels.items(), strict=False):
@@ -186,12 +183,10 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.set_xscale("log")
         plain_ticks(axis.xaxis)
         axis.tick_params(axis="x", labelsize=7)
-        axis.grid(alpha=0.25, axis="x")
-        axis.spines[["top", "right"]].set_visible(False)
+        add_grid(axis, alpha=0.25, axis="x")
         axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
         axis.invert_yaxis()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(

@@ -82,6 +82,7 @@ from hypergrad.tasks.penalties import (
 from .shared import task_plots
 from .shared.program import program
 from .shared.split_claims import evaluate_split_claims
+from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 from .shared.tuning import cells_of, trace_columns, tune_and_run
 
 SYSTEMS = ("logistic", "softmax", "mlp", "cnn")
@@ -107,11 +108,7 @@ def arrays(system: str) -> dict[str, np.ndarray]:
 STEPS = SOLVER.num_steps
 ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
-        hg.Implicit(
-            SOLVER,
-            hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(SOLVER, rtol=1e-2, max_steps=20),
         STEPS + 2 * 22,
     ),
     "neumann": (
@@ -133,16 +130,7 @@ def learn(
     estimator, cost = ESTIMATORS[method]
     num_train, num_val, _ = VARIANTS[system].small
     num_steps = int(BUDGET / (cost + 2 * num_val / num_train))
-    return hg.minimize(
-        task.problem,
-        estimator,
-        optax.adam(rate),
-        task.w,
-        task.alpha,
-        num_steps=num_steps,
-        key=key,
-        space=task.space,
-    )
+    return minimize_task(task, estimator, optax.adam(rate), key, num_steps=num_steps)
 
 
 def evaluate(
@@ -193,11 +181,10 @@ def learned_penalties(system: str, method: str, seed: int) -> Row:
 
     def run_once(rate: float, hold_out: bool) -> Row:
         start = jnp.asarray(baseline_row["setting"], float)
-        prev_seconds = run.run_seconds
-        trace = run(arrays(system), key, hold_out, start, jnp.asarray(rate))
+        args = arrays(system), key, hold_out, start, jnp.asarray(rate)
+        trace, seconds = run.timed(*args)
         result = measure_penalties(system, key, hold_out, trace.best_alpha)
-        seconds = {"run_seconds": run.run_seconds - prev_seconds}
-        return result | trace_columns(trace) | seconds
+        return result | trace_columns(trace) | {"run_seconds": seconds}
 
     result = tune_and_run(run_once, RATES) | {"compile_seconds": run.compile_seconds}
     return result | {"tuning_cost": result["tuning_cost"] + baseline_row["tuning_cost"]}
@@ -212,15 +199,7 @@ def random_search(system: str, seed: int) -> Row:
         task = make(key=key, variant=system, hold_out=hold_out, data=arrays(system))
         low, high = baseline_row["setting"] - width, baseline_row["setting"] + width
         box = lambda leaf: hg.spaces.Box(low, high, shape=leaf.shape)
-        trace = hg.search(
-            task.problem,
-            task.solver,
-            hg.searchers.Random(),
-            task.w,
-            space=jax.tree.map(box, task.alpha),
-            budget=BUDGET,
-            key=key,
-        )
+        trace = search_task(task, BUDGET, key, space=jax.tree.map(box, task.alpha))
         seconds = time.perf_counter() - start_time
         result = measure_penalties(system, key, hold_out, trace.best_alpha)
         return result | trace_columns(trace) | {"run_seconds": seconds}
@@ -243,46 +222,29 @@ def hoag(data: PyTree, key: Array, rtol: Array) -> tuple[Array, hg.Trace]:
         )
         return problem.outer_value(w, alpha, problem.outer_data)
 
-    trace = hg.minimize(
-        problem,
-        hg.Implicit(SOLVER, rtol=rtol),
-        optax.adam(0.3),
-        task.w,
-        task.alpha,
-        num_steps=HOAG_STEPS,
-        key=key,
-        space=task.space,
-    )
+    estimator = hg.Implicit(SOLVER, rtol=rtol)
+    trace = minimize_task(task, estimator, optax.adam(0.3), key, num_steps=HOAG_STEPS)
     return FINE[jnp.argmin(jax.lax.map(value, FINE))], trace
 
 
 def hoag_distance(schedule: str, seed: int) -> Row:
     """Returns the row with the distance of HOAG's log-penalty from the grid's best."""
-    run = program(hoag)
-    prev_seconds = run.run_seconds
     rtol = (
         jnp.full(HOAG_STEPS, 1e-4)
         if schedule == "constant"
         else tolerances(schedule, HOAG_STEPS)
     )
-    best, trace = run(arrays("hoag"), jax.random.key(seed), rtol)
-    result = {"run_seconds": run.run_seconds - prev_seconds}
-    result |= {"from_grid": float(abs(trace.alpha - best))}
-    return trace_columns(trace) | result
+    args = arrays("hoag"), jax.random.key(seed), rtol
+    (best, trace), seconds = program(hoag).timed(*args)
+    distance = float(abs(trace.alpha - best))
+    return trace_columns(trace) | {"run_seconds": seconds, "from_grid": distance}
 
 
 def overfit(per: str, data: PyTree, key: Array) -> tuple[Array, hg.Trace]:
     """Returns the validation accuracy after overfitting, and its trace."""
     task = make(key=key, variant="overfit", granularity=per, data=data)
-    trace = hg.minimize(
-        task.problem,
-        ESTIMATORS["unrolled"][0],
-        optax.adam(0.2),
-        task.w,
-        task.alpha,
-        num_steps=40,
-        key=key,
-        space=task.space,
+    trace = minimize_task(
+        task, ESTIMATORS["unrolled"][0], optax.adam(0.2), key, num_steps=40
     )
     test: Any = task.metrics["test_accuracy"]  # applied to the validation split
     on_val = jax.tree_util.Partial(test.func, task.problem.outer_data)
@@ -291,11 +253,10 @@ def overfit(per: str, data: PyTree, key: Array) -> tuple[Array, hg.Trace]:
 
 def overfitting(per: str, seed: int) -> Row:
     """Returns the row of overfitting to 50 training and 50 validation images."""
-    run = program(overfit, per)
-    prev_seconds = run.run_seconds
-    accuracy, trace = run(arrays("overfit"), jax.random.key(seed))
-    result = {"run_seconds": run.run_seconds - prev_seconds}
-    return trace_columns(trace) | result | {"val_accuracy": float(accuracy)}
+    args = arrays("overfit"), jax.random.key(seed)
+    (accuracy, trace), seconds = program(overfit, per).timed(*args)
+    result = {"run_seconds": seconds, "val_accuracy": float(accuracy)}
+    return trace_columns(trace) | result
 
 
 # The table.

@@ -63,6 +63,7 @@ from hypergrad.tasks.physics import SOLVER, TERMS, burgers_reference, make
 
 from .shared import task_plots as plots
 from .shared.program import program
+from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 from .shared.tuning import cells_of, trace_columns, tune_and_run
 
 SYSTEMS = ("poisson", "burgers")
@@ -90,12 +91,7 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
         3 * NUM_STEPS + 2,
     ),
     "implicit": (
-        hg.Implicit(
-            SOLVER,
-            hg.CG(rtol=1e-2, max_steps=10, preconditioner=None),
-            damping=1.0,
-            estimate_error=False,
-        ),
+        implicit_by_cg(SOLVER, rtol=1e-2, max_steps=10, damping=1.0),
         NUM_STEPS + 2 + 2 * 12,
     ),
     "finite difference": (hg.FiniteDifference(SOLVER), NUM_STEPS + 3 + 1),
@@ -109,15 +105,8 @@ def learn(
     """Returns the trace of a method with as many outer steps as fit the budget."""
     task = make(key=key, variant=system, hold_out=hold_out)
     estimator, cost = ESTIMATORS[method]
-    return hg.minimize(
-        task.problem,
-        estimator,
-        optax.adam(rate),
-        task.w,
-        task.alpha,
-        num_steps=int(LEARNING_BUDGET / cost),
-        key=key,
-        space=task.space,
+    return minimize_task(
+        task, estimator, optax.adam(rate), key, num_steps=int(LEARNING_BUDGET / cost)
     )
 
 
@@ -159,10 +148,7 @@ def measure_cell(cell: Cell, rows: list[Row]) -> Row:
             result = trace_columns(trace := run(key, hold_out, jnp.float32(setting)))
             w, alpha = trace.w, trace.alpha
         elif method == "random search":
-            trace = hg.search(
-                task.problem, TRIAL_SOLVER, hg.searchers.Random(), w, space=task.space,
-                budget=LEARNING_BUDGET, key=key,
-            )  # fmt: skip
+            trace = search_task(task, LEARNING_BUDGET, key, solver=TRIAL_SOLVER)
             result = trace_columns(trace)
             w, alpha = trace.w, trace.alpha
         elif method == "one weight":

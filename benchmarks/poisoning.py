@@ -99,6 +99,7 @@ from hypergrad.bench import (
     select,
 )
 
+from .shared.plots import make_figure
 from .shared.poisoning_data import (
     ATTACKS,
     COUNTS,
@@ -124,12 +125,13 @@ from .shared.poisoning_data import (
 )
 from .shared.poisoning_methods import ApproximateGradient, GradientPenalty
 from .shared.split_claims import evaluate_split_claims
+from .shared.task_runs import implicit_by_cg
+from .shared.tuning import cells_of
 
 PERCENTS = (1, 3, 6)
 NUM_STEPS = {"untargeted": 250, "targeted": 500}
 NUM_INNER, RECORD_EVERY, BUDGET = 20, 25, 6_000.0
 NUM_IMAGES = 8  # of the figure
-PLAIN_CG = hg.CG(rtol=1e-6, preconditioner=None)
 
 # Methods: each returns the victims ``w``, the cost of one attack, and further fields.
 
@@ -161,7 +163,7 @@ def make_methods(attack: str) -> dict[str, tuple[Any, optax.GradientTransformati
             optax.sgd(1.0),
         ),
         "Implicit": (
-            hg.Implicit(hg.LBFGS(tolerance=1e-3), PLAIN_CG, estimate_error=False),
+            implicit_by_cg(hg.LBFGS(tolerance=1e-3), rtol=1e-6),
             optax.adam(0.1),
         ),
     }
@@ -377,11 +379,9 @@ def is_adam_equal(rows: Sequence[Row]) -> tuple[bool, str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the percentages against the number of poisons, and poisons of one seed."""
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(13, 8), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 1.3))
-    axes = parts[0].subplots(1, 2)
+    figure = make_figure((13, 8))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 1.3))
+    axes = top.subplots(1, 2)
     labels = ("test accuracy, %", "8 read as 3, % of test images")
     for axis, attack, label in zip(axes, ATTACKS, labels, strict=True):
         for i, method in enumerate(METHODS):
@@ -404,7 +404,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     rows_with_images = [row for row in rows if row.get("images_targeted")]
-    axes = parts[1].subplots(2, NUM_IMAGES, squeeze=False)
+    axes = bottom.subplots(2, NUM_IMAGES, squeeze=False)
     for row in rows_with_images[:1]:
         for line, attack in zip(axes, ATTACKS, strict=True):
             for axis, image in zip(line, row[f"images_{attack}"], strict=True):
@@ -414,15 +414,12 @@ def plot(rows: list[Row], path: Path) -> None:
                 f"Implicit,\n{attack}", rotation=0, ha="right", fontsize=8
             )
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 TEXT = "text of the experiments"
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"method": method, "seed": seed} for method in METHODS for seed in range(seeds)
-    ],
+    cells=cells_of(METHODS),
     measure_cell=measure,
     columns=tuple(
         Column(f"{attack}_{percent}", f"{attack} {percent}%", ".2f")

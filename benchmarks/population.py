@@ -38,9 +38,11 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
 from .shared.program import program
+from .shared.row_columns import column, quartiles_text
 
 #: Approximate number of parameters -> sizes of the layers, and steps of a training.
 SIZES = {
@@ -183,31 +185,24 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns the table of medians and quartiles over repetitions."""
-    lines = [
+    text = (
         "Seconds of one by one, ratios to them, and seconds of compilation: medians "
-        "[quartiles] over repetitions.",
-        "",
-        "| parameters | steps | one by one, s | vmap | lax.map | compile: one, s "
-        "| vmap, s | lax.map, s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    columns = (
-        *("each_seconds", "vmap", "map"),
-        *("each_compile", "vmap_compile", "map_compile"),
+        "[quartiles] over repetitions."
     )
+    columns = {
+        "each_seconds": "one by one, s", "vmap": "vmap", "map": "lax.map",
+        "each_compile": "compile: one, s", "vmap_compile": "vmap, s",
+        "map_compile": "lax.map, s",
+    }  # fmt: skip
+    lines = []
     for size, (_, num_steps) in SIZES.items():
         size_rows = [row for row in rows if row["method"] == size]
         if size_rows:
             cells = [f"{size_rows[0]['parameters']:,}", f"{num_steps}"]
-            cells += [quartiles([row[name] for row in size_rows]) for name in columns]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def quartiles(values: list[float]) -> str:
-    """Returns the text ``median [first quartile, third quartile]``."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+            cells += [quartiles_text(column(size_rows, x), ".3g") for x in columns]
+            lines.append(cells)
+    headings = ["parameters", "steps", *columns.values()]
+    return [text, "", *markdown_table(headings, lines)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -76,10 +76,10 @@ from hypergrad.bench import (
     Row,
     select,
 )
-from hypergrad.bench.timing import measure_seconds
 from hypergrad.runtime.compat import enable_x64
 
 from .shared.published_traces import (
+    COUNT_COLUMNS,
     first_cost_below,
     largest_differences,
     method_lines,
@@ -89,8 +89,16 @@ from .shared.published_traces import (
     trace_row,
 )
 from .shared.pzobo_published import LOSSES, NORMS
-from .shared.pzobo_runs import RATE, Run, Setup, make_estimator, run_cells
+from .shared.pzobo_runs import (
+    RATE,
+    Run,
+    Setup,
+    difference_finding,
+    make_estimator,
+    run_cells,
+)
 from .shared.torch_random import TorchGenerator
+from .shared.tuning import with_seconds
 
 SOURCE = "esjacobians, HyperRepresentation.ipynb"
 SIZES = {"first": (64, 128, 500), "larger": (128, 256, 1000)}
@@ -222,17 +230,11 @@ def fit_once(method: str) -> Row:
     return row | {"h": 0.5 * float(np.mean(residual**2))}
 
 
-def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the numbers and seconds of a cell."""
-    del rows
+def run_cell(cell: Cell) -> Row:
+    """Returns the numbers of a cell."""
     method = cell["method"]
-    with enable_x64(True), measure_seconds() as seconds:
-        is_run = method in RUNS
-        row = optimize(method, cell["seed"]) if is_run else fit_once(method)
-    return row | {
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
+    with enable_x64(True):
+        return optimize(method, cell["seed"]) if method in RUNS else fit_once(method)
 
 
 BODY_COLUMNS = (
@@ -240,9 +242,7 @@ BODY_COLUMNS = (
     Column("h", form=".4g"),
     Column("test", form=".4g"),
     Column("cost", "cost to 0.1", ".0f"),
-    Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
-    Column("num_grads", "inner gradients", ".0f", has_deviation=False),
-    Column("num_hvps", "HVPs", ".0f", has_deviation=False),
+    *COUNT_COLUMNS,
 )
 
 
@@ -279,10 +279,7 @@ def findings(rows: list[Row]) -> list[Finding]:
             f"The order of the notebook at its last step, {' < '.join(order)}: "
             f"{'the same' if is_same else 'another one'}"
         ),
-        Finding(
-            f"PZOBO with its difference ends at {final('PZOBO'):.4g}, without it, in "
-            f"*direct term*, at {final('direct term'):.4g}."
-        ),
+        difference_finding(rows),
     ]
 
 
@@ -296,8 +293,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 STEPS = dict.fromkeys(step for values in LOSSES.values() for step in values)
 table = MeasurementTable(
-    cells=lambda scale, seeds: run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES), seeds),
-    measure_cell=measure,
+    cells=run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES)),
+    measure_cell=with_seconds(run_cell),
     columns=(
         *step_columns(STEPS, ".5g"),
         *(Column(f"norm_{k}", f"norm at {k}", ".4g") for k in (0, 10, 50, 99)),

@@ -64,11 +64,10 @@ from hypergrad.bench import (
     MeasurementTable,
     Published,
     Row,
-    select,
 )
-from hypergrad.bench.timing import measure_seconds
 
 from .shared.published_traces import (
+    COUNT_COLUMNS,
     first_cost_below,
     largest_differences,
     method_lines,
@@ -78,8 +77,16 @@ from .shared.published_traces import (
     trace_row,
 )
 from .shared.pzobo_published import DEEP_LOSSES
-from .shared.pzobo_runs import RATE, Run, Setup, make_estimator, run_cells
+from .shared.pzobo_runs import (
+    RATE,
+    Run,
+    Setup,
+    difference_finding,
+    make_estimator,
+    run_cells,
+)
 from .shared.torch_random import TorchGenerator
+from .shared.tuning import with_seconds
 
 SOURCE = "esjacobians, DeepHyperRepresentation.ipynb"
 P, Q, D, N = 256, 512, 256, 5000
@@ -190,17 +197,10 @@ def fit_once(method: str) -> Row:
     return row if "val" in names else row | {"h": loss(data["val"])}
 
 
-def measure(cell: Cell, rows: list[Row]) -> Row:
-    """Returns the numbers and seconds of a cell."""
-    del rows
+def run_cell(cell: Cell) -> Row:
+    """Returns the numbers of a cell."""
     method = cell["method"]
-    with measure_seconds() as seconds:
-        is_run = method in RUNS
-        row = optimize(method, cell["seed"]) if is_run else fit_once(method)
-    return row | {
-        "compile_seconds": seconds.compilation,
-        "run_seconds": seconds.total - seconds.compilation,
-    }
+    return optimize(method, cell["seed"]) if method in RUNS else fit_once(method)
 
 
 def published_numbers() -> dict[tuple[str, str], Published]:
@@ -220,14 +220,7 @@ PUBLISHED = published_numbers()
 
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns the largest difference from the notebook per row, and a comparison."""
-    final = lambda method: select(rows, method=method)[0]["final"]
-    return [
-        largest_differences(rows, DEEP_LOSSES),
-        Finding(
-            f"PZOBO with its difference ends at {final('PZOBO'):.4g}, without it, in "
-            f"*direct term*, at {final('direct term'):.4g}."
-        ),
-    ]
+    return [largest_differences(rows, DEEP_LOSSES), difference_finding(rows)]
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -243,14 +236,12 @@ BODY_COLUMNS = (
     Column("h", form=".4g"),
     Column("exact_test", form=".4g"),
     Column("cost", "cost to 0.1", ".0f"),
-    Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
-    Column("num_grads", "inner gradients", ".0f", has_deviation=False),
-    Column("num_hvps", "HVPs", ".0f", has_deviation=False),
+    *COUNT_COLUMNS,
 )
 STEPS = dict.fromkeys(step for values in DEEP_LOSSES.values() for step in values)
 table = MeasurementTable(
-    cells=lambda scale, seeds: run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES), seeds),
-    measure_cell=measure,
+    cells=run_cells(RUNS, (NO_LEARNING, *LEAST_SQUARES)),
+    measure_cell=with_seconds(run_cell),
     columns=(*step_columns(STEPS, ".5g"), *BODY_COLUMNS),
     published=PUBLISHED,
     findings=findings,

@@ -59,12 +59,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Finding, Row
 
 from .shared.single_loop import SeedProblem, System
 from .shared.single_loop_table import (
-    compare_final_values,
-    first_at_plateau,
+    compare_with_soba,
     make_table,
 )
 
@@ -152,19 +150,9 @@ SYSTEM = System(
 )
 
 
-def findings(rows: list[Row]) -> list[Finding]:
-    """Returns whether SABA ends below SOBA, and SOBA is first at its plateau."""
-    return [
-        compare_final_values(rows, "SABA", "SOBA", 10),
-        compare_final_values(rows, "SRBA", "SOBA"),
-        compare_final_values(rows, "SOBA, falling", "SOBA"),
-        first_at_plateau(rows, "SOBA"),
-    ]
-
-
 table = make_table(
     SYSTEM,
-    findings,
+    functools.partial(compare_with_soba, min_ratio=10, other="SOBA, falling"),
     source="after the quadratics of Dagréou et al. 2022 (arXiv 2201.13409)",
     data="simulated samples",
     minutes=4,

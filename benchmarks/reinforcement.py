@@ -85,6 +85,7 @@ from hypergrad.tasks.semi_gradient import SemiGradient
 
 from .shared import task_plots as plots
 from .shared.program import program
+from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 from .shared.tuning import cells_of, tune_and_run
 
 # CartPole.
@@ -140,15 +141,12 @@ ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 def learn_online(method: str, key: Array, run_key: Array, rate: Array) -> hg.Trace:
     """Returns the run of a meta-gradient with as many steps as fit the budget."""
     task, (estimator, cost) = make(key=key, variant="cartpole"), ESTIMATORS[method]
-    return hg.minimize(
-        task.problem,
+    return minimize_task(
+        task,
         estimator,
         optax.adam(rate),
-        task.w,
-        task.alpha,
+        run_key,
         num_steps=int(BUDGET / cost),
-        key=run_key,
-        space=task.space,
         metrics={
             "discount": lambda w, alpha, key: alpha["discount"],
             "entropy": lambda w, alpha, key: alpha["entropy"],
@@ -212,11 +210,9 @@ def measure_cartpole(method: str, seed: int) -> Row:
                 discount, entropy = grid[setting]
                 alpha = {"discount": discount, "entropy": entropy}
             elif method == "random search":
-                trace = hg.search(
-                    task.problem, cartpole_solver(NUM_TRIAL_UPDATES),
-                    hg.searchers.Random(), w, space=task.space, budget=BUDGET / 2,
-                    key=run_key,
-                )  # fmt: skip
+                trace = search_task(
+                    task, BUDGET / 2, run_key, solver=cartpole_solver(NUM_TRIAL_UPDATES)
+                )
                 w, alpha, num_updates = trace.w, trace.alpha, BUDGET // 2
                 prior_cost = float(trace.cost[-1])
                 prior_updates = NUM_TRIAL_UPDATES
@@ -260,11 +256,7 @@ SHARED_DISCOUNTS = np.linspace(0.5, 1.0, 51)
 # method, so that the budget ends its run, which the last step may exceed.
 MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
     "implicit": (
-        hg.Implicit(
-            hg.Newton(),
-            hg.CG(rtol=1e-3, max_steps=20, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(hg.Newton(), rtol=1e-3, max_steps=20),
         50,
     ),
     "unrolled": (
@@ -277,16 +269,13 @@ MRP_ESTIMATORS: dict[str, tuple[Estimator, int]] = {
 def learn_discounts(method: str, key: Array) -> hg.Trace:
     """Returns the trace of learned discounts, one per state, within the budget."""
     task, (estimator, cost) = make(key=key, variant="mrp"), MRP_ESTIMATORS[method]
-    return hg.minimize(
-        task.problem,
+    return minimize_task(
+        task,
         estimator,
         optax.adam(MRP_RATE),
-        task.w,
-        task.alpha,
+        key,
         num_steps=int(MRP_BUDGET / cost),
         budget=MRP_BUDGET,
-        key=key,
-        space=task.space,
     )
 
 
@@ -326,10 +315,7 @@ def measure_mrp(method: str, seed: int) -> Row:
     else:
         if method == "random search":
             task = make(key=key, variant="mrp")
-            trace = hg.search(
-                task.problem, task.solver, hg.searchers.Random(), task.w,
-                space=task.space, budget=MRP_BUDGET, key=key,
-            )  # fmt: skip
+            trace = search_task(task, MRP_BUDGET, key)
         else:
             trace = program(learn_discounts, method)(key)
         measurements = program(fit_values)(key, trace.best_alpha)

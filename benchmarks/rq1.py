@@ -128,8 +128,9 @@ from pathlib import Path
 import numpy as np
 
 from hypergrad.bench import Cell, Check, MeasurementTable, Row, geometric_mean
-from hypergrad.bench.figures import import_pyplot
+from hypergrad.bench.report import markdown_table
 
+from .shared.plots import make_panels
 from .shared.rq1_findings import column, costs_to_target, findings, share, tuning_cost
 from .shared.rq1_running import (
     DESCENTS,
@@ -143,7 +144,8 @@ from .shared.rq1_running import (
     tune,
 )
 from .shared.rq1_tasks import SYSTEMS, named_arrays, problem_of
-from .shared.stages import fingerprint, markdown_table
+from .shared.stages import fingerprint
+from .shared.tuning import grid_cells
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
@@ -232,10 +234,7 @@ def figures(x: float) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the parts of the cost until the target, a panel per task."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(
-        2, -(-len(SYSTEMS) // 2), figsize=(16, 6.5), layout="constrained"
-    )
+    figure, axes = make_panels(2, -(-len(SYSTEMS) // 2), (16, 6.5))
     for axis, task in zip(axes.flat, SYSTEMS, strict=False):
         costs = {}
         for method in METHODS:
@@ -260,16 +259,10 @@ def plot(rows: list[Row], path: Path) -> None:
         "Until as good as the grid, by parts; >: not on every seed, a bound"
     )
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"task": task, "method": method, "seed": seed}
-        for task in SYSTEMS
-        for method in METHODS
-        for seed in range(seeds)
-    ],
+    cells=grid_cells(task=SYSTEMS, method=METHODS),
     measure_cell=measure,
     checks=(Check("the cost of every operation is defined", has_all_prices),),
     findings=findings,

@@ -100,13 +100,21 @@ from hypergrad.bench import (
     MeasurementTable,
     Resplits,
     Row,
+    geometric_mean,
     ratio_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 
 from .shared import rq2_plot
-from .shared.cost_ratios import mean_over_tasks, miss_texts, saving_claim
+from .shared.cost_ratios import (
+    costs_or_bounds,
+    mean_over_tasks,
+    miss_texts,
+    saving_claim,
+)
 from .shared.metric_learning import METRICS, PENALTY_ROWS, splits_of
+from .shared.row_columns import column, mean_text, rows_by_seed
 from .shared.rq2_running import (
     BUDGETS,
     DESCENTS,
@@ -122,7 +130,8 @@ from .shared.rq2_running import (
     tune,
 )
 from .shared.split_claims import evaluate_split_claims
-from .shared.stages import fingerprint, markdown_table
+from .shared.stages import fingerprint_splits
+from .shared.tuning import grid_cells
 
 MIN_SAVING = 3.0  # claimed ratio of costs
 RESPLITS = {"noisy digits": Resplits(test_to_train=300 / 350)}
@@ -136,10 +145,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
         splits = splits_of(task, seed)
     except FileNotFoundError as error:
         return {"reason": str(error)}
-    arrays = {
-        f"{part} {name}": x for part in splits for name, x in splits[part].items()
-    }
-    row: Row = {"reason": None, "data_sha256": fingerprint(arrays)}
+    row: Row = {"reason": None, "data_sha256": fingerprint_splits(splits)}
     if method not in LEARNED:
         return row | run_baseline(task, method, seed)
     tuning = tune(task, method)
@@ -150,20 +156,11 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
 # Findings.
 
 
-def rows_by_seed(rows: list[Row], task: str, method: str) -> list[Row]:
-    """Returns the rows of a method, by seed."""
-    return sorted(select(rows, task=task, method=method), key=lambda row: row["seed"])
-
-
-def column(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
-    """Returns one number per seed, NaN where a row has none."""
-    return np.array([row.get(name) for row in rows_by_seed(rows, task, method)], float)
-
-
 def best_of(rows: list[Row], task: str, methods: list[Method], metric: str) -> str:
     """Returns the method for a metric that tuned best."""
     names = [method.name for method in methods if method.metric == metric]
-    return max(names, key=lambda name: column(rows, task, name, "score")[0])
+    scores = {name: column(rows, "score", task=task, method=name) for name in names}
+    return max(names, key=lambda name: scores[name][0])
 
 
 def cost_to_reach(row: Row, metric: str, target: float) -> float:
@@ -181,13 +178,15 @@ def costs_to_search(
     """
     search = best_of(rows, task, SEARCHES, metric)
     pairs = zip(
-        rows_by_seed(rows, task, method), rows_by_seed(rows, task, search), strict=True
+        rows_by_seed(rows, task=task, method=method),
+        rows_by_seed(rows, task=task, method=search),
+        strict=True,
     )
     cost = np.array(
         [cost_to_reach(row, metric, other[f"val {metric}"]) for row, other in pairs]
     )
-    total = column(rows, task, method, "gradient_equivalents")
-    return np.where(np.isnan(cost), total, cost), int(np.isnan(cost).sum())
+    total = column(rows, "gradient_equivalents", task=task, method=method)
+    return costs_or_bounds(cost, total)
 
 
 def equal_cost_claim(rows: list[Row], task: str, metric: str) -> Claim:
@@ -242,7 +241,7 @@ def effect_of_retraining(rows: list[Row], task: str, metric: str) -> Finding:
     changes = []
     for method in (m for m in DESCENTS if m.metric == metric):
         retrained_values, values = (
-            column(rows, task, method.name, f"{name} {metric}")
+            column(rows, f"{name} {metric}", task=task, method=method.name)
             for name in ("retrained", "test")
         )
         change = 100 * np.mean(retrained_values - values)
@@ -312,7 +311,8 @@ def body(rows: list[Row]) -> list[str]:
 
 def table_cells(rows: list[Row], task: str, method: str) -> list[str]:
     """Returns a row of the printed table."""
-    values = lambda name: column(rows, task, method, name)
+    method_rows = rows_by_seed(rows, task=task, method=method)
+    values = lambda name: column(method_rows, name)
     exact = {metric: percent(values(f"test {metric}")) for metric in METRICS}
     if method not in LEARNED:
         return [method, *exact.values(), *["-"] * 8]
@@ -323,17 +323,17 @@ def table_cells(rows: list[Row], task: str, method: str) -> list[str]:
     costs = []
     for metric in METRICS:
         cost, num_misses = costs_to_search(rows, task, method, metric)
-        mean = f"{np.exp(np.mean(np.log(cost))):,.0f}"
+        mean = f"{geometric_mean(cost):,.0f}"
         costs.append(f"> {mean} ({num_misses})" if num_misses else mean)
     return [
         method,
         *exact.values(),
         retrained_text,
         *costs,
-        f"{values('evaluations').mean():.0f}",
-        f"{values('gradient_equivalents').mean():,.0f}",
-        f"{values('setting')[0]:g}",
-        f"{values('tuning_cost')[0]:,.0f}",
+        mean_text(method_rows, "evaluations", ".0f"),
+        mean_text(method_rows, "gradient_equivalents", ",.0f"),
+        f"{method_rows[0]['setting']:g}",
+        f"{method_rows[0]['tuning_cost']:,.0f}",
     ]
 
 
@@ -349,7 +349,7 @@ def plot(rows: list[Row], path: Path) -> None:
             panels[task, metric] = {
                 name: [
                     (row["curve_cost"], row["curve"][metric], row[f"test {metric}"])
-                    for row in rows_by_seed(rows, task, name)
+                    for row in rows_by_seed(rows, task=task, method=name)
                 ]
                 for name in names
             }
@@ -357,12 +357,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"task": task, "method": method, "seed": seed}
-        for task in TASKS
-        for method in METHODS
-        for seed in range(seeds)
-    ],
+    cells=grid_cells(task=TASKS, method=METHODS),
     measure_cell=measure,
     findings=findings,
     body=body,

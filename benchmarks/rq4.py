@@ -106,10 +106,12 @@ from hypergrad.bench import (
     select,
 )
 from hypergrad.bench.claims import evaluate_claims
-from hypergrad.bench.figures import import_pyplot
+from hypergrad.bench.report import markdown_table
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks.augmentation import OPERATIONS, POSE_MAGNITUDES
 
+from .shared.outcomes import stays_within
+from .shared.plots import add_grid, make_panels
 from .shared.program import program
 from .shared.rq4_running import (
     AUGMENTATIONS,
@@ -137,8 +139,8 @@ from .shared.rq4_tasks import (
     problem_of,
     splits_of,
 )
-from .shared.stages import fingerprint, markdown_table, tuning_row
-from .shared.tuning import DIGITS
+from .shared.stages import fingerprint, tuning_row
+from .shared.tuning import DIGITS, grid_cells
 
 COLORS = ("#9a9a9a", "#3b6ea5", "#c0392b", "#e0a030", "#3b7a57")
 
@@ -294,12 +296,6 @@ def findings(rows: list[Row]) -> list[Finding]:
     return lines
 
 
-def stays_within_budget(rows) -> tuple[bool, str]:
-    """Returns whether no row exceeds the budget, and the largest cost."""
-    max_cost = max(row["gradient_equivalents"] for row in rows)
-    return max_cost <= BUDGET, f"{max_cost:,.0f} at most"
-
-
 # Report.
 
 
@@ -350,10 +346,7 @@ def table_cells(rows: list[Row]) -> list[str]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots accuracies with their intervals: a panel per objective."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(
-        1, len(OBJECTIVES), figsize=(13, 4.2), layout="constrained"
-    )
+    figure, axes = make_panels(1, len(OBJECTIVES), (13, 4.2))
     for axis, objective in zip(axes, OBJECTIVES, strict=True):
         for i, (name, color) in enumerate(zip(AUGMENTATIONS, COLORS, strict=True)):
             for position, architecture in enumerate(ARCHITECTURES):
@@ -371,28 +364,17 @@ def plot(rows: list[Row], path: Path) -> None:
                 axis.plot(x, mean, "o", ms=6, color=color, label=label)
         axis.set_xticks(range(len(ARCHITECTURES)), list(ARCHITECTURES))
         axis.set_title(objective)
-        axis.grid(axis="y", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        add_grid(axis, axis="y")
     axes[0].set_ylabel("test accuracy, %")
     axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle("Who sets the augmentation: mean over seeds, 95% interval")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {
-            "objective": objective,
-            "architecture": architecture,
-            "method": augmentation,
-            "seed": seed,
-        }
-        for objective in OBJECTIVES
-        for architecture in ARCHITECTURES
-        for augmentation in AUGMENTATIONS
-        for seed in range(seeds)
-    ],
+    cells=grid_cells(
+        objective=OBJECTIVES, architecture=ARCHITECTURES, method=AUGMENTATIONS
+    ),
     measure_cell=measure,
     earlier_stages=(
         Stage(
@@ -407,7 +389,7 @@ table = MeasurementTable(
     checks=(
         Check(
             f"choosing magnitudes takes at most {BUDGET:,.0f} gradient-equivalents",
-            stays_within_budget,
+            stays_within(BUDGET),
         ),
     ),
     findings=findings,

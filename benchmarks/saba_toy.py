@@ -61,6 +61,10 @@ from hypergrad.bench import (
 )
 from hypergrad.runtime.compat import enable_x64
 
+from .shared.plots import make_panels
+from .shared.single_loop import falling
+from .shared.tuning import cells_of
+
 NUM_EXAMPLES, NUM_W, NUM_ALPHA = 100, 20, 10
 RATE, RATIO, NUM_STEPS, STRIDE = 0.01, 50, 4000, 20
 MIN_EIGENVALUE = 18.4
@@ -108,7 +112,6 @@ def estimators() -> dict[str, tuple[Any, int, Any]]:
     """Returns estimator, batch size and rate of alpha of each row."""
     sgd, rate = optax.sgd(RATE), RATE / RATIO
     exact = hg.Implicit(hg.Newton(), estimate_error=False)
-    falling = lambda rate: lambda step: rate / jnp.sqrt(1 + step / 100)
     return {
         "SOBA": (hg.SOBA(sgd), 1, rate),
         "SABA": (hg.SABA(sgd), 1, rate),
@@ -166,12 +169,7 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots the squared norms against the steps: medians and ranges over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure, axis = make_panels(1, 1, (9, 6))
     for i, method in enumerate(METHODS):
         curves = np.array([row["curve"] for row in select(rows, method=method)])
         steps = STRIDE * np.arange(curves.shape[1])
@@ -187,7 +185,6 @@ def plot(rows: list[Row], path: Path) -> None:
     axis.legend(fontsize=9)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def published() -> dict[tuple[str, str], Published]:
@@ -205,9 +202,7 @@ def published() -> dict[tuple[str, str], Published]:
 
 
 table = MeasurementTable(
-    cells=lambda scale, seeds: [
-        {"method": method, "seed": seed} for method in METHODS for seed in range(seeds)
-    ],
+    cells=cells_of(METHODS),
     measure_cell=measure,
     columns=(
         *(Column(f"log_{step}", f"step {step}", ".1f") for step in STEPS),

@@ -50,6 +50,7 @@ recompute, by default, and needed 1,179 MiB at 10,000 steps.) Rates, factors, st
 budgets were set on seeds 100 and 101.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -79,6 +80,7 @@ from hypergrad.tasks.schedules import MOMENTA, RATES, SMALL, hypergradient_desce
 
 from .shared import task_plots
 from .shared.program import program
+from .shared.task_runs import minimize_task, search_task
 from .shared.tuning import cells_of, digits, trace_columns, tune_and_run
 
 STEPS = {"100 steps": 100, "1000 steps": 1000, "10000 steps": 10_000}
@@ -147,15 +149,12 @@ def learn(
     task = task_of(system, data, key, hold_out, num_windows)
     outer = 1 + num_outer_grads * SMALL[1] / SMALL[0]  # 1 for the last inner gradient
     num_steps = int(budget(system) / (cost * STEPS[system] * BATCH + outer))
-    return hg.minimize(
-        task.problem,
+    return minimize_task(
+        dataclasses.replace(task, alpha=constant(task.alpha, start)),
         estimator_of(system, method),
         optax.adam(optax.cosine_decay_schedule(adam, num_steps)),
-        task.w,
-        constant(task.alpha, start),
+        key,
         num_steps=num_steps,
-        key=key,
-        space=task.space,
     )
 
 
@@ -258,9 +257,8 @@ def learned_schedule(system: str, method: str, seed: int) -> Row:
     start, baseline_cost = baseline_start(system, seed)
 
     def run_once(adam: float, hold_out: bool) -> Row:
-        prev_seconds = run.run_seconds
-        trace = run(digits(), key, hold_out, start, jnp.asarray(adam))
-        seconds = run.run_seconds - prev_seconds
+        args = digits(), key, hold_out, start, jnp.asarray(adam)
+        trace, seconds = run.timed(*args)
         result = measure_schedule(system, key, hold_out, trace.alpha, method)
         trusted = float(jnp.mean(trace.stats["trusted"]))
         result |= {"trusted": trusted, "run_seconds": seconds}
@@ -293,15 +291,7 @@ def random_search(system: str, seed: int) -> Row:
     def run_once(factor: float, hold_out: bool) -> Row:
         start_time = time.perf_counter()
         task = task_of(system, digits(), key, hold_out)
-        trace = hg.search(
-            task.problem,
-            task.solver,
-            hg.searchers.Random(),
-            task.w,
-            space=around(start, factor),
-            budget=budget(system),
-            key=key,
-        )
+        trace = search_task(task, budget(system), key, space=around(start, factor))
         seconds = time.perf_counter() - start_time
         result = measure_schedule(system, key, hold_out, trace.best_alpha, "unrolled")
         return result | trace_columns(trace) | {"run_seconds": seconds}

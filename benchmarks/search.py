@@ -76,9 +76,12 @@ from hypergrad.bench import (
     ratio_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
+from .shared.cost_ratios import costs_or_bounds, rank_by_cost
 from .shared.outcomes import conclude
+from .shared.row_columns import column
 from .shared.searching import (
     BUDGET,
     CLASSES,
@@ -99,8 +102,8 @@ from .shared.searching import (
     score,
     settings_of,
 )
-from .shared.stages import markdown_table, tuning_row
-from .shared.tuning import DIGITS, digits
+from .shared.stages import tuning_row
+from .shared.tuning import DIGITS, choose_on_seeds, digits
 
 #: Budget of a black box, as a multiple of the cost of the best row with hypergradients.
 BUDGET_FACTORS = {2: 20, 20: 20, 500: 60}
@@ -108,24 +111,19 @@ MIN_RATIO, LARGE = 50.0, 500
 
 # Tuning.
 
-TUNING_SEEDS = (100, 101)
-
 
 def tune(cell: Cell, rows: list[Row]) -> Row:
     """Returns the scores of a method at each of its settings, on both seeds."""
     del rows
     method, size = cell["method"], cell["size"]
     settings = settings_of(method)
-    runs = [
-        [run(method, seed, size, setting, BUDGET) for seed in TUNING_SEEDS]
-        for setting in settings
-    ]
-    scores = [float(np.mean([score(row) for row in x])) for x in runs]
+    run_on = lambda setting, seed: run(method, seed, size, setting, BUDGET)
+    choice = choose_on_seeds(run_on, settings, score, cost=lambda row: row["spent"])
     return {
         "settings": list(settings),
-        "scores": scores,
-        "setting": settings[int(np.argmin(scores))],
-        "tuning_cost": sum(row["spent"] for x in runs for row in x),
+        "scores": choice.scores,
+        "setting": choice.setting,
+        "tuning_cost": choice.tuning_cost,
     }
 
 
@@ -209,17 +207,10 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
 # Findings.
 
 
-def column(rows: list[Row], method: str, size: int, name: str) -> np.ndarray:
-    """Returns a column by seed; NaN where a row has no number."""
-    method_rows = select(rows, method=method, size=size)
-    method_rows.sort(key=lambda row: row["seed"])
-    return np.array([row.get(name) for row in method_rows], float)
-
-
 def costs_to_target(rows: list[Row], method: str, size: int) -> tuple[np.ndarray, int]:
     """Returns costs by seed, and how many are bounds of runs that miss the target."""
-    cost, total = (column(rows, method, size, name) for name in ("cost", "spent"))
-    return np.where(np.isnan(cost), total, cost), int(np.sum(np.isnan(cost)))
+    values = lambda name: column(rows, name, method=method, size=size)
+    return costs_or_bounds(values("cost"), values("spent"))
 
 
 def ratio_finding(rows: list[Row], method: str, best: str, size: int) -> Finding:
@@ -245,21 +236,11 @@ def ratio_finding(rows: list[Row], method: str, best: str, size: int) -> Finding
 
 def winner(rows: list[Row], size: int) -> Finding:
     """Returns the cheapest of the methods that reach the target on every seed."""
-    means, bounds = {}, {}
-    for method in (m for m in METHODS if column(rows, m, size, "left").size):
-        cost, num_misses = costs_to_target(rows, method, size)
-        (bounds if num_misses else means)[method] = geometric_mean(cost)
-    text = f"{size} hyperparameters: "
-    if not means:
-        return Finding(f"{text}no method reaches the target on every seed")
-    order = sorted(means, key=lambda method: means[method])
-    text += f"first is {order[0]}, {means[order[0]]:.0f}"
-    if order[1:]:
-        text += f", then {order[1]}, {means[order[1]]:.0f}"
-    undecided = [method for method in bounds if bounds[method] < means[order[0]]]
-    if undecided:
-        text += f"; undecided, as they ended below that: {', '.join(undecided)}"
-    return Finding(f"{text} gradient-equivalents")
+    labels = [method for method in METHODS if select(rows, method=method, size=size)]
+    costs = {method: costs_to_target(rows, method, size) for method in labels}
+    means, text = rank_by_cost(costs, ".0f")
+    unit = " gradient-equivalents" if means else ""
+    return Finding(f"{size} hyperparameters: {text}{unit}")
 
 
 def findings(rows: list[Row]) -> list[Finding]:
@@ -269,13 +250,13 @@ def findings(rows: list[Row]) -> list[Finding]:
         best = next(
             (x["best"] for x in rows if x["size"] == size and x.get("best")), ""
         )
-        if not column(rows, best, size, "left").size:
+        if not select(rows, method=best, size=size):
             continue
         lines.append(winner(rows, size))
         lines += [
             ratio_finding(rows, method, best, size)
             for method in SEARCHING
-            if column(rows, method, size, "left").size
+            if select(rows, method=method, size=size)
         ]
     return lines
 
@@ -300,7 +281,7 @@ def body(rows: list[Row]) -> list[str]:
         cells = [
             table_cells(rows, method, size)
             for method in (*REFERENCES, *METHODS)
-            if column(rows, method, size, "left").size
+            if select(rows, method=method, size=size)
         ]
         lines += [
             f"**{size} hyperparameters**",
@@ -313,7 +294,7 @@ def body(rows: list[Row]) -> list[str]:
 
 def table_cells(rows: list[Row], method: str, size: int) -> list[str]:
     """Returns a row of the printed table."""
-    values = lambda name: column(rows, method, size, name)
+    values = lambda name: column(rows, name, method=method, size=size)
     tests = [f"{values('test_loss').mean():.3f}", f"{values('test_error').mean():.1%}"]
     left = f"{np.median(values('left')):.1%}"
     if method in REFERENCES:
@@ -341,7 +322,7 @@ def plot(rows: list[Row], path: Path) -> None:
                 for row in select(rows, method=method, size=size)
             ]
             for method in METHODS
-            if column(rows, method, size, "left").size
+            if select(rows, method=method, size=size)
         }
         for size in SIZES
     }

@@ -67,6 +67,7 @@ from hypergrad.tasks.task import loss_metric
 
 from .shared import task_plots as plots
 from .shared.outcomes import conclude
+from .shared.task_runs import minimize_task
 from .shared.tuning import DIGITS, digits
 
 BUDGET = 1500
@@ -120,10 +121,7 @@ def run_adam(name, num_steps, task, key):
     optimizer = optax.partition(
         {"learn": optax.adam(rate), "stay": optax.set_to_zero()}, labels
     )
-    return hg.minimize(
-        task.problem, estimator, optimizer, task.w, task.alpha,
-        num_steps=num_steps, key=key, space=task.space,
-    )  # fmt: skip
+    return minimize_task(task, estimator, optimizer, key, num_steps=num_steps)
 
 
 def gradient_method(name):

@@ -68,12 +68,15 @@ from hypergrad.tasks import semi_supervised
 from hypergrad.tasks.task import loss_metric
 
 from .shared import task_plots
+from .shared.example_weights import count_weights, trainers
 from .shared.outcomes import conclude
+from .shared.task_runs import implicit_by_cg, minimize_task
 from .shared.tuning import DIGITS, digits
 
 BUDGET = 3000
 OPTIMIZER = optax.adam(0.3)
 SOLVER = semi_supervised.SOLVER
+train, retrain = trainers(semi_supervised.train_loss)
 MIN_AUROC = 0.8
 
 
@@ -97,10 +100,9 @@ def gradient_method(estimator, step_cost):
     """Returns a method that makes as many outer steps as surely fit the budget."""
 
     def method(task, *, budget, key):
-        return hg.minimize(
-            task.problem, estimator, OPTIMIZER, task.w, task.alpha, space=task.space,
-            num_steps=int(budget / step_cost), key=key,
-        )  # fmt: skip
+        return minimize_task(
+            task, estimator, OPTIMIZER, key, num_steps=int(budget / step_cost)
+        )
 
     return method
 
@@ -138,18 +140,6 @@ def true_labels(task, *, budget, key):
     return baselines.trace_of_point(task, w, task.alpha, key)
 
 
-@jax.jit
-def train(w, alpha, data, key):
-    """Returns the minimum of the weighted training loss, found by Newton's method."""
-    w, _ = hg.Newton().solve(semi_supervised.train_loss, w, alpha, data, key)
-    return w
-
-
-def retrain(task, alpha, key):
-    """Returns the model trained from zero with the learned weights."""
-    return train(task.w, alpha, task.problem.inner_data, key)
-
-
 def describe_run(task, trace, w, key) -> Row:
     """Returns validation loss and wrong pseudo-labels, and the learned weights."""
     pseudo_labels = task.problem.inner_data["unlabeled"]["y"]
@@ -160,12 +150,10 @@ def describe_run(task, trace, w, key) -> Row:
     }
     if len(trace.value) < 2:  # nothing was learned
         return row
-    count = lambda mask: np.histogram(trace.alpha[mask], 40, (0, 1))[0].tolist()
     return row | {
         "auroc": float(task.metrics["auroc"](w, trace.alpha, key)),
         "adjoint_residual": float(jnp.max(trace.stats["adjoint_residual"])),
-        "wrong_weights": count(is_wrong),
-        "clean_weights": count(~is_wrong),
+        **count_weights(trace.alpha, is_wrong),
     }
 
 
@@ -175,11 +163,7 @@ def describe_run(task, trace, w, key) -> Row:
 # An outer gradient counts as an inner one although the splits differ in size.
 HYPERGRADIENTS = {
     "implicit": gradient_method(
-        hg.Implicit(
-            SOLVER,
-            hg.CG(rtol=1e-2, max_steps=20, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(SOLVER, rtol=1e-2, max_steps=20),
         SOLVER.num_steps + 2 * 21 + 1,
     ),
     "neumann": gradient_method(

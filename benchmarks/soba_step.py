@@ -21,7 +21,6 @@ be so on every run, because memory is not measured but planned by the compiler.
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,11 @@ from jaxtyping import Array, PyTree
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
 from .shared.outcomes import conclude
+from .shared.program import timed
 from .shared.tuning import cells_of
 
 SIZES = (784, 3000, 2400, 200, 10)
@@ -170,13 +171,6 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     }
 
 
-def timed(call: Any, *arguments: Any) -> tuple[Any, float]:
-    """Returns a result and the seconds that it took."""
-    start_time = time.perf_counter()
-    result = jax.block_until_ready(call(*arguments))
-    return result, time.perf_counter() - start_time
-
-
 def findings(rows: list[Row]) -> list[Finding]:
     """Returns whether a step costs at most five gradients and eight copies of w."""
     mean, low, high = ratio_interval([row["soba"] for row in rows], 1.0)
@@ -199,17 +193,17 @@ def findings(rows: list[Row]) -> list[Finding]:
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per step: seconds in gradients and copies of w."""
     mean = lambda name: np.mean([row[name] for row in rows])
-    return [
+    text = (
         f"{NUM_PARAMETERS:,} parameters, batches of {BATCH}, float32: seconds over "
         "those of one gradient of the inner loss, measured in turns; means over "
         f"{len(rows)} repeats of the median of {REPEATS} turns. Copies: memory of the "
-        "compiled step, including its arguments, over that of w.",
-        "",
-        "| step | gradients | copies of w |",
-        "|---|---|---|",
-        f"| SOBA | {mean('soba'):.2f} | {mean('copies'):.1f} |",
-        f"| plain JAX | {mean('plain'):.2f} | {mean('plain_copies'):.1f} |",
+        "compiled step, including its arguments, over that of w."
+    )
+    cells = [
+        ["SOBA", f"{mean('soba'):.2f}", f"{mean('copies'):.1f}"],
+        ["plain JAX", f"{mean('plain'):.2f}", f"{mean('plain_copies'):.1f}"],
     ]
+    return [text, "", *markdown_table(["step", "gradients", "copies of w"], cells)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

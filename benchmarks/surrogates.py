@@ -94,12 +94,14 @@ import numpy as np
 
 from hypergrad.bench import (
     Cell,
+    Column,
     Finding,
     MeasurementTable,
     Row,
     difference_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 
 from .shared import joint, surrogates_plot
 from .shared.metric_learning import (
@@ -113,11 +115,11 @@ from .shared.metric_learning import (
     splits_of,
     tune_penalty,
 )
-from .shared.stages import fingerprint, markdown_table
+from .shared.row_columns import column, mean_text
+from .shared.stages import fingerprint_splits
 from .shared.surrogates_findings import (
     COMPARED,
     RESPLITS,
-    column,
     compare_at_equal_cost,
     compare_on_validation,
     compare_with_others,
@@ -177,10 +179,7 @@ def measure(cell: Cell, rows: list[Row]) -> Row:
     row |= {f"val_{metric}": val[metric] for metric in METRICS}
     if "curve" in result:
         row |= {"curve": result["curve"], "curve_cost": result["curve_cost"]}
-    arrays = {
-        f"{part} {name}": x for part in splits for name, x in splits[part].items()
-    }
-    return row | {"data_sha256": fingerprint(arrays)}
+    return row | {"data_sha256": fingerprint_splits(splits)}
 
 
 def as_number(value: Any) -> float | None:
@@ -261,7 +260,7 @@ def body(rows: list[Row]) -> list[str]:
     return lines + markdown_table(headings, cells)
 
 
-def mean_text(values: np.ndarray, scale: float = 100, digits: int = 1) -> str:
+def spread_text(values: np.ndarray, scale: float = 100, digits: int = 1) -> str:
     """Returns mean and standard deviation of the finite values."""
     values = scale * values[np.isfinite(values)]
     if not values.size:
@@ -275,7 +274,8 @@ def mean_text(values: np.ndarray, scale: float = 100, digits: int = 1) -> str:
 def metric_cells(rows: list[Row], task: str, method: str) -> list[str]:
     """Returns the metrics of a row; that of its own surrogate is bold."""
     texts = {
-        metric: mean_text(column(rows, task, method, metric)) for metric in METRICS
+        metric: spread_text(column(rows, metric, task=task, method=method))
+        for metric in METRICS
     }
     return [
         f"**{text}**" if OWN_SURROGATE[metric] == method else text
@@ -283,42 +283,36 @@ def metric_cells(rows: list[Row], task: str, method: str) -> list[str]:
     ]
 
 
-def average(values: np.ndarray, form: str) -> str:
-    """Returns the mean of the finite values."""
-    values = values[np.isfinite(values)]
-    return form.format(values.mean()) if values.size else "-"
-
-
 def cost_cells(rows: list[Row], task: str, method: str) -> list[str]:
     """Returns the costs of a row of the table."""
     forms = {
-        "gap": "{:+.3f}",
-        "trials": "{:.0f}",
-        "gradient_equivalents": "{:.0f}",
-        "num_hvps": "{:.0f}",
-        "compile_seconds": "{:.1f}",
-        "run_seconds": "{:.1f}",
-        "trusted": "{:.0%}",
+        "gap": "+.3f",
+        "trials": ".0f",
+        "gradient_equivalents": ".0f",
+        "num_hvps": ".0f",
+        "compile_seconds": ".1f",
+        "run_seconds": ".1f",
+        "trusted": ".0%",
     }
-    values = lambda name: column(rows, task, method, name)
-    residuals = values("adjoint_residual")
-    largest = f"{np.nanmax(residuals):.0e}" if np.isfinite(residuals).any() else "-"
-    return [*(average(values(name), form) for name, form in forms.items()), largest]
+    method_rows = select(rows, task=task, method=method)
+    largest = Column("adjoint_residual", form=".0e", use_max=True).text(method_rows)
+    return [*(mean_text(method_rows, *x) for x in forms.items()), largest]
 
 
 def joint_cells(rows: list[Row], method: str) -> list[str]:
     """Returns a row of the table of loops."""
-    values = lambda name: column(rows, "joint", method, name)
+    method_rows = select(rows, task="joint", method=method)
+    values = lambda name: column(method_rows, name)
     reached = np.isfinite(values("cost_to_reach"))
     return [
         method,
-        mean_text(values("mAP")),
-        mean_text(values("end")),
+        spread_text(values("mAP")),
+        spread_text(values("end")),
         f"{reached.sum()} of {reached.size}",
-        mean_text(values("cost_to_reach"), 1, 0),
-        average(values("gradient_equivalents"), "{:.0f}"),
-        average(values("compile_seconds"), "{:.1f}"),
-        average(values("run_seconds"), "{:.1f}"),
+        spread_text(values("cost_to_reach"), 1, 0),
+        mean_text(method_rows, "gradient_equivalents", ".0f"),
+        mean_text(method_rows, "compile_seconds", ".1f"),
+        mean_text(method_rows, "run_seconds", ".1f"),
     ]
 
 
@@ -328,7 +322,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
     def difference(task: str, method: str, metric: str) -> list[float]:
         values, baseline = (
-            column(rows, task, label, metric) for label in (method, "baseline")
+            column(rows, metric, task=task, method=label)
+            for label in (method, "baseline")
         )
         interval = difference_interval(values, baseline, resplits=RESPLITS.get(task))
         return [100 * x for x in interval]

@@ -82,6 +82,7 @@ from hypergrad.bench import (
 
 from .shared import lenet
 from .shared.mnist import NUM_CLASSES, SIDE, balanced_indices, load
+from .shared.plots import make_figure
 
 NUM_INNER_STEPS, INIT_STEP_SIZE, NUM_PHASES = 3, 0.02, 10
 PAPER_BATCH, NUM_OTHERS, NUM_POINTS = 1_024, 5, 40
@@ -391,11 +392,8 @@ def plot_accuracies(axis: Any, rows: list[Row]) -> None:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots outer values and accuracies, and the learned images of one seed."""
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(13, 7.5), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(3, 2))
-    top, bottom = halves
+    figure = make_figure((13, 7.5))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     left, right = top.subplots(1, 2)
     plot_losses(left, rows)
     plot_accuracies(right, rows)
@@ -408,7 +406,6 @@ def plot(rows: list[Row], path: Path) -> None:
         for axis, image in zip(line, row["images"], strict=False):
             axis.imshow(np.reshape(image, (SIDE, SIDE)), cmap="gray")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def published(value: float, source: str) -> Published:

@@ -70,8 +70,8 @@ from hypergrad.bench import (
     Row,
     geometric_mean,
     ratio_interval,
-    select,
 )
+from hypergrad.bench.report import markdown_table
 from hypergrad.bench.statistics import MIN_SEEDS
 
 from .shared import plots
@@ -92,24 +92,17 @@ from .shared.grouped_penalties import (
 )
 from .shared.outcomes import count_seeds
 from .shared.program import program
+from .shared.row_columns import rows_by_seed
 from .shared.searching import Gaussian, Searching, Until, course
+from .shared.task_runs import implicit_by_cg
+from .shared.tuning import choose_on_seeds
 
 START = -3.0  # of a log-penalty
 BUDGET, SEARCH_BUDGET = 60.0, 1_000.0  # trainings: with hypergradients, and without
-TUNING_SEEDS = (100, 101)
 CLAIMED = {10: (26, 10), 500: (36, 15)}  # trainings at most: the claim, and the goal
 
-COLD = hg.Implicit(
-    TRAINING,
-    hg.CG(max_steps=30, preconditioner=None),
-    estimate_error=False,
-    warm_start=False,
-)
-WARM = hg.Implicit(
-    hg.Descent(DESCENT, NUM_STEPS // 10),
-    hg.CG(rtol=1e-2, max_steps=10, preconditioner=None),
-    estimate_error=False,
-)
+COLD = implicit_by_cg(TRAINING, max_steps=30, warm_start=False)
+WARM = implicit_by_cg(hg.Descent(DESCENT, NUM_STEPS // 10), rtol=1e-2, max_steps=10)
 
 
 class GradientMethod(NamedTuple):
@@ -232,15 +225,14 @@ def score(row: Row) -> float:
 @functools.cache
 def choose_setting(method: str, size: int) -> Row:
     """Returns the setting with the least mean score on the tuning seeds."""
-    runs = [
-        [run(method, setting, seed, size) for seed in TUNING_SEEDS]
-        for setting in settings_of(method)
-    ]
-    scores = [float(np.mean([score(row) for row in rows])) for rows in runs]
+    run_on = lambda setting, seed: run(method, setting, seed, size)
+    choice = choose_on_seeds(
+        run_on, settings_of(method), score, cost=lambda row: row["spent"]
+    )
     return {
-        "setting": settings_of(method)[int(np.argmin(scores))],
-        "scores": scores,
-        "tuning": sum(row["spent"] for rows in runs for row in rows),
+        "setting": choice.setting,
+        "scores": choice.scores,
+        "tuning": choice.tuning_cost,
     }
 
 
@@ -268,11 +260,6 @@ def measure_cell(cell: Cell, rows: list[Row]) -> Row:
 # Findings.
 
 
-def rows_of(rows: list[Row], method: str, size: int) -> list[Row]:
-    """Returns the rows of a method and size, by seed."""
-    return sorted(select(rows, method=method, size=size), key=lambda row: row["seed"])
-
-
 def trainings_of(
     rows: list[Row], method: str, size: int, index: int = -1
 ) -> tuple[np.ndarray, int]:
@@ -280,7 +267,7 @@ def trainings_of(
 
     Of a seed that never got there the number is a lower bound.
     """
-    method_rows = rows_of(rows, method, size)
+    method_rows = rows_by_seed(rows, method=method, size=size)
     num_never = sum(row["trainings"][index] is None for row in method_rows)
     values = [row["trainings"][index] or row["spent"] for row in method_rows]
     return np.array(values), num_never
@@ -291,7 +278,7 @@ def best_gradient_method(rows: list[Row], size: int) -> str | None:
     scores = {
         method: min(method_rows[0]["scores"])
         for method in GRADIENT_METHODS
-        if (method_rows := rows_of(rows, method, size))
+        if (method_rows := rows_by_seed(rows, method=method, size=size))
     }
     return min(scores, key=lambda method: scores[method], default=None)
 
@@ -339,7 +326,7 @@ def extreme_settings(rows: list[Row]) -> Finding:
         f"{method} ({size})"
         for size in SIZES
         for method in METHODS
-        for row in rows_of(rows, method, size)[:1]
+        for row in rows_by_seed(rows, method=method, size=size)[:1]
         if row["setting"] in (min(settings_of(method)), max(settings_of(method)))
     ]
     return Finding(f"at an end of the settings tried: {', '.join(labels) or 'none'}")
@@ -355,7 +342,7 @@ def findings(rows: list[Row]) -> list[Finding]:
             lines += [
                 compare_searcher(rows, method, best, size)
                 for method in SEARCHERS
-                if rows_of(rows, method, size)
+                if rows_by_seed(rows, method=method, size=size)
             ]
     return [*lines, extreme_settings(rows)]
 
@@ -373,19 +360,19 @@ def body(rows: list[Row]) -> list[str]:
         "remaining fraction of the way at the best evaluation, median.",
     ]
     for size in SIZES:
-        lines += ["", f"**{size} hyperparameters**", ""]
-        lines += [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-        lines += [
-            f"| {' | '.join(table_cells(rows, method, size))} |"
+        cells = [
+            table_cells(rows, method, size)
             for method in METHODS
-            if rows_of(rows, method, size)
+            if rows_by_seed(rows, method=method, size=size)
         ]
+        title = f"**{size} hyperparameters**"
+        lines += ["", title, "", *markdown_table(headings, cells)]
     return lines
 
 
 def table_cells(rows: list[Row], method: str, size: int) -> list[str]:
     """Returns the cells of a line of the table."""
-    method_rows = rows_of(rows, method, size)
+    method_rows = rows_by_seed(rows, method=method, size=size)
     costs = [trainings_of(rows, method, size, i) for i in range(len(FRACTIONS))]
     num_there = len(method_rows) - costs[-1][1]
     return [
@@ -404,7 +391,7 @@ def plot(rows: list[Row], path: Path) -> None:
         f"{size} hyperparameters": {
             method: [(row["curve_cost"], row["curve"]) for row in method_rows]
             for method in METHODS
-            if (method_rows := rows_of(rows, method, size))
+            if (method_rows := rows_by_seed(rows, method=method, size=size))
         }
         for size in SIZES
     }

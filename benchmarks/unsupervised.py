@@ -65,6 +65,7 @@ from hypergrad.tasks.unsupervised import make, ppca_ml_noise
 
 from .shared import task_plots as plots
 from .shared.program import Program, program
+from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 from .shared.tuning import cells_of, trace_columns
 
 BUDGET = 1000
@@ -86,15 +87,8 @@ def gradient_method(estimator: Callable, step_cost: Callable) -> Callable:
     def learn(variant: str, task: Task, key: Array) -> hg.Trace:
         solver = solver_of(variant, task)
         num_steps = int(BUDGET / step_cost(solver))
-        return hg.minimize(
-            task.problem,
-            estimator(solver),
-            optax.adam(RATE),
-            task.w,
-            task.alpha,
-            num_steps=num_steps,
-            key=key,
-            space=task.space,
+        return minimize_task(
+            task, estimator(solver), optax.adam(RATE), key, num_steps=num_steps
         )
 
     return learn
@@ -102,21 +96,12 @@ def gradient_method(estimator: Callable, step_cost: Callable) -> Callable:
 
 def random_search(variant: str, task: Task, key: Array) -> hg.Trace:
     """Returns the trace of log-uniform random search at the same budget."""
-    return hg.search(
-        task.problem,
-        solver_of(variant, task),
-        hg.searchers.Random(),
-        task.w,
-        space=task.space,
-        budget=BUDGET,
-        key=key,
-    )
+    return search_task(task, BUDGET, key, solver=solver_of(variant, task))
 
 
 def implicit(solver: Any) -> Estimator:
     """Returns `Implicit` with at most 10 products per solve."""
-    linear_solver = hg.CG(rtol=1e-3, max_steps=NUM_PRODUCTS, preconditioner=None)
-    return hg.Implicit(solver, linear_solver, estimate_error=False)
+    return implicit_by_cg(solver, rtol=1e-3, max_steps=NUM_PRODUCTS)
 
 
 def unrolled(solver: Any) -> Estimator:

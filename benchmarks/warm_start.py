@@ -85,11 +85,14 @@ from hypergrad.bench import (
     geometric_mean,
     ratio_interval,
 )
+from hypergrad.bench.report import markdown_table
 from hypergrad.estimators.implicit import ImplicitState
 
 from .shared import plots, sharing
+from .shared.cost_ratios import costs_or_bounds
 from .shared.outcomes import conclude
 from .shared.program import Program
+from .shared.row_columns import column, mean_text, rows_by_seed
 from .shared.searching import (
     CLASSES,
     HIGH,
@@ -104,7 +107,7 @@ from .shared.searching import (
     known,
     outer_loss,
 )
-from .shared.sharing import column
+from .shared.task_runs import implicit_by_cg
 from .shared.tuning import DIGITS, cells_of, digits
 
 SIZE = 500  # number of hyperparameters
@@ -163,11 +166,7 @@ CARRIED = {
     "warm w": ("w",),
     "warm w and adjoint": ("w", "adjoint"),
 }
-IMPLICIT = hg.Implicit(
-    hg.Newton(tolerance=1e-4),
-    hg.CG(rtol=1e-3, preconditioner=None),
-    estimate_error=False,
-)
+IMPLICIT = implicit_by_cg(hg.Newton(tolerance=1e-4), rtol=1e-3)
 CONFIGS = {
     label: MethodConfig(PartlyWarm(IMPLICIT, names)) for label, names in CARRIED.items()
 } | {
@@ -274,8 +273,11 @@ def compare_costs(
     rows: list[Row], first: str, second: str, is_claimed: bool = False
 ) -> Finding:
     """Returns how many times fewer gradient-equivalents the first method needs."""
-    costs = {method: column(rows, method, "cost") for method in (first, second)}
-    memory = column(rows, first, "bytes").mean() / column(rows, second, "bytes").mean()
+    costs = {method: column(rows, "cost", method=method) for method in (first, second)}
+    memory = (
+        column(rows, "bytes", method=first).mean()
+        / column(rows, "bytes", method=second).mean()
+    )
     text = f"{first} against {second}"
     failed = [method for method, cost in costs.items() if np.isnan(cost).any()]
     if failed:
@@ -308,32 +310,33 @@ def findings(rows: list[Row]) -> list[Finding]:
 
 def body(rows: list[Row]) -> list[str]:
     """Returns the tables of warm starts and of shared weights."""
-    lines = [
+    text = (
         f"**Warm starts.** {SIZE} penalties. grad-eq: geometric mean until within "
         f"{TOLERANCE:.0%} of L-BFGS. Peak: bytes of one compiled outer step. Carried: "
-        "bytes of the state between two steps.",
-        "",
-        "| method | reached | grad-eq | range | outer steps | peak kB | carried kB |",
-        "|" + "---|" * 7,
-    ]
+        "bytes of the state between two steps."
+    )
+    headings = (
+        "method", "reached", "grad-eq", "range", "outer steps", "peak kB", "carried kB"
+    )  # fmt: skip
+    lines = []
     labels = {row["method"] for row in rows}
     for method in CONFIGS:
         if method not in labels:
             continue
-        cost, steps = (column(rows, method, name) for name in ("cost", "steps"))
-        has_failed = np.isnan(cost)
-        cost = np.where(has_failed, column(rows, method, "spent"), cost)
+        method_rows = rows_by_seed(rows, method=method)
+        values = (column(method_rows, name) for name in ("cost", "spent"))
+        cost, num_misses = costs_or_bounds(*values)
         cells = [
             method,
-            f"{np.sum(~has_failed)} of {has_failed.size}",
-            f"{'> ' if has_failed.any() else ''}{geometric_mean(cost):,.0f}",
+            f"{cost.size - num_misses} of {cost.size}",
+            f"{'> ' if num_misses else ''}{geometric_mean(cost):,.0f}",
             f"{cost.min():,.0f} to {cost.max():,.0f}",
-            "-" if has_failed.all() else f"{np.nanmean(steps):.0f}",
-            f"{column(rows, method, 'bytes').mean() / 1e3:.1f}",
-            f"{column(rows, method, 'carried_bytes').mean() / 1e3:.1f}",
+            mean_text(method_rows, "steps", ".0f"),
+            mean_text(method_rows, "bytes", ".1f", 1e-3),
+            mean_text(method_rows, "carried_bytes", ".1f", 1e-3),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", *sharing.body(rows)]
+        lines.append(cells)
+    return [text, "", *markdown_table(headings, lines), "", *sharing.body(rows)]
 
 
 def plot(rows: list[Row], path: Path) -> None:

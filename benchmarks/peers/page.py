@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from hypergrad.bench import Row
+from hypergrad.bench.report import markdown_table
 from hypergrad.bench.rows import read_rows
 
 from .claims import CLAIMS, MissingNumberError, by_work, hardware_text
@@ -22,8 +23,8 @@ def section(rows: list[Row]) -> str:
         return "Not measured yet.\n"
     verdicts = []
     works, text = by_work(rows), lambda x: "" if x is None else f"{x:.3g}"
-    titles = "work", "quantity", "measured", "claimed, at most", "", "aimed at", ""
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    headings = "work", "quantity", "measured", "claimed, at most", "", "aimed at", ""
+    cells = []
     for claim in CLAIMS:
         met = reached = ""
         try:
@@ -33,12 +34,12 @@ def section(rows: list[Row]) -> str:
         except MissingNumberError as error:
             number = f"not measured: {error}"
         verdicts.append(met)
-        columns = [claim.work, claim.quantity, number, text(claim.max_value), met]
-        columns += [text(claim.aim), reached]
-        lines.append(f"| {' | '.join(columns)} |")
+        bound, aim = text(claim.max_value), text(claim.aim)
+        cells.append([claim.work, claim.quantity, number, bound, met, aim, reached])
     met, bounded = verdicts.count("met"), sum(map(bool, verdicts))
     count = f"Of {bounded} lines that claim a bound {met} are met."
-    return "\n".join([*lines, "", f"{count} {hardware_text(rows)} By `{COMMAND}`.", ""])
+    lines = [*markdown_table(headings, cells), ""]
+    return "\n".join([*lines, f"{count} {hardware_text(rows)} By `{COMMAND}`.", ""])
 
 
 def rewrite(text: str, rows: list[Row]) -> str:

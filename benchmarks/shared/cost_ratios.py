@@ -1,12 +1,49 @@
 """Claims that a method needs fewer gradient-equivalents to reach a target."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
-from hypergrad.bench import Finding, ratio_interval
+from hypergrad.bench import Finding, geometric_mean, ratio_interval
 
 from .outcomes import conclude, count_seeds
+
+
+def costs_or_bounds(cost: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns costs by seed, and how many are bounds of runs that miss the target.
+
+    Args:
+      cost: Cost until the target, NaN for a run that misses it.
+      total: Whole cost of a run, which then is a lower bound.
+    """
+    is_missed = np.isnan(cost)
+    return np.where(is_missed, total, cost), int(np.sum(is_missed))
+
+
+def rank_by_cost(
+    costs: Mapping[str, tuple[np.ndarray, int]], form: str
+) -> tuple[dict[str, float], str]:
+    """Returns mean costs of methods that reach the target on every seed, and a text.
+
+    Args:
+      costs: ``{method: costs_or_bounds}``.
+      form: Format of a mean cost in the text, which names the two cheapest methods, and
+        those whose bounds leave undecided whether they are cheaper.
+    """
+    means, bounds = {}, {}
+    for method, (cost, num_misses) in costs.items():
+        (bounds if num_misses else means)[method] = geometric_mean(cost)
+    if not means:
+        return means, "no method reaches the target on every seed"
+    order = sorted(means, key=lambda method: means[method])
+    text = f"first is {order[0]}, {means[order[0]]:{form}}"
+    if order[1:]:
+        text += f", then {order[1]}, {means[order[1]]:{form}}"
+    undecided = [method for method in bounds if bounds[method] < means[order[0]]]
+    if undecided:
+        text += f"; undecided, as they ended below that: {', '.join(undecided)}"
+    return means, text
 
 
 def mean_over_tasks(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

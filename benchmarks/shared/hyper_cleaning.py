@@ -16,6 +16,7 @@ from hypergrad import datasets
 from hypergrad.bench import Row
 
 from .step_problems import NUM_TRAIN, NUM_VAL, mean_loss, weighted_loss
+from .task_runs import implicit_by_cg
 
 BATCH, NUM_INNER, EVAL_EVERY = 64, 10, 512
 BUDGET, FULL_BATCH = 1500.0, "SOBA, full batch"
@@ -84,8 +85,7 @@ def make_loop(method: str, share: float) -> hg.OuterLoop:
         weighted_loss, mean_loss, batches(sets["inner"]), batches(sets["outer"])
     )
     if method == "implicit":
-        solvers = hg.LBFGS(tolerance=1e-3), hg.CG(rtol=1e-3, preconditioner=None)
-        estimator = hg.Implicit(*solvers, estimate_error=False)
+        estimator = implicit_by_cg(hg.LBFGS(tolerance=1e-3), rtol=1e-3)
         return hg.OuterLoop(
             problem, estimator, optax.adam(1.0), metrics={"error": test_error}
         )

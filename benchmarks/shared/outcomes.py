@@ -5,9 +5,9 @@ whose effect and interval the table computes itself, with the same words.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from hypergrad.bench import Finding, mean_interval
+from hypergrad.bench import Finding, Row, mean_interval
 from hypergrad.bench.statistics import MIN_SEEDS
 
 
@@ -47,6 +47,16 @@ def within(
         f"{expected:.3g} ± {tolerance:.2g} claimed"
     )
     return conclude(text, is_met, len(values), (high - low) / 2, tolerance)
+
+
+def stays_within(budget: float) -> Callable[[Sequence[Row]], tuple[bool, str]]:
+    """Returns the check whether no row exceeds a budget, with the largest cost."""
+
+    def check(rows: Sequence[Row]) -> tuple[bool, str]:
+        max_cost = max(row["gradient_equivalents"] for row in rows)
+        return max_cost <= budget, f"{max_cost:,.0f} at most"
+
+    return check
 
 
 def count_seeds(number: int) -> str:

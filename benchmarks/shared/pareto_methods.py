@@ -33,6 +33,7 @@ from .pareto_network import (
     widths,
 )
 from .program import program
+from .task_runs import implicit_by_cg
 
 BUDGET = 16_000  # gradient-equivalents per front
 NUM_STEPS = 60  # of the training of a network that counts
@@ -90,12 +91,7 @@ def train(w: PyTree, gates: Gates, splits: PyTree) -> tuple[Array, Array]:
 
 NUM_PREFERENCES = 24
 INIT_GATE = 0.9
-ESTIMATOR = hg.Implicit(
-    hg.Descent(STEP, 10),
-    hg.CG(max_steps=5, preconditioner=None),
-    damping=0.01,
-    estimate_error=False,
-)
+ESTIMATOR = implicit_by_cg(hg.Descent(STEP, 10), max_steps=5, damping=0.01)
 RATES = (0.2, 0.4, 0.8)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hypergrad.bench.figures import import_pyplot
+from .plots import add_grid, make_panels, palette
 
 
 def fronts(
@@ -23,13 +23,10 @@ def fronts(
       reference: Largest error and fraction.
       path: File of the figure.
     """
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(
-        2, len(fronts), figsize=(14, 7), layout="constrained", height_ratios=(2.2, 1)
-    )
+    figure, axes = make_panels(2, len(fronts), (14, 7), height_ratios=(2.2, 1))
     max_error, max_fraction = reference
     at = np.geomspace(0.01, max_fraction, 200)
-    colors = pyplot.get_cmap("tab10")(range(10))
+    colors = palette("tab10")
     for (top, bottom), (cost, methods) in zip(axes.T, fronts.items(), strict=True):
         for i, (name, runs) in enumerate(methods.items()):
             errors = [
@@ -60,11 +57,9 @@ def fronts(
         bottom.locator_params(axis="x", nbins=5)
         bottom.invert_yaxis()
         bottom.set_xlabel("hypervolume on test, a dot a seed")
-        for axis in (top, bottom):
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+        add_grid(top)
+        add_grid(bottom)
     axes[0, 0].set_ylabel("test error, median of seeds")
     axes[0, 0].legend(frameon=False)
     figure.suptitle("Networks picked on validation; dashed: searches without gradients")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

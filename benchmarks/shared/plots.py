@@ -1,10 +1,52 @@
 """Figures of tables; matplotlib is imported when one is drawn."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from hypergrad.runtime.compat import import_optional
+
 LEAST = 1e-16  # an error of 0 is drawn as this
+
+
+def make_figure(size: tuple[float, float]) -> Any:
+    """Returns an empty figure; it has no part in the state of pyplot."""
+    import_optional("matplotlib", "figures need matplotlib", "cli")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def make_panels(
+    num_rows: int, num_columns: int, size: tuple[float, float], **options: Any
+) -> tuple[Any, Any]:
+    """Returns a figure with its panels; the options are those of `Figure.subplots`."""
+    figure = make_figure(size)
+    return figure, figure.subplots(num_rows, num_columns, **options)
+
+
+def palette(name: str) -> Any:
+    """Returns the colors of a qualitative color map of matplotlib."""
+    import matplotlib
+
+    return matplotlib.colormaps[name].colors
+
+
+def add_grid(panel: Any, alpha: float = 0.3, **options: Any) -> None:
+    """Draws a grid, and leaves out the frame above and on the right."""
+    panel.grid(alpha=alpha, **options)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def add_legend_outside(figure: Any, axes: Iterable[Any], **options: Any) -> None:
+    """Adds one legend of all panels, which names each label once."""
+    handles = {}
+    for axis in axes:
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    options["loc"] = "outside right center"
+    figure.legend(handles.values(), handles.keys(), **options)
 
 
 def plain_ticks(axis) -> None:
@@ -26,15 +68,8 @@ def errors(
     path: Path,
 ) -> None:
     """A heat map of log10 relative error a panel; None is a cell that cannot be."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (3.2 + 0.58 * len(columns) * len(panels), 1.9 + 0.3 * len(rows))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=size, sharey=True, layout="constrained"
-    )
+    figure, axes = make_panels(1, len(panels), size, sharey=True)
     for axis, (title, cells) in zip(axes, panels.items(), strict=True):
         values = np.array(cells, dtype=float)  # None becomes NaN
         digits = np.log10(np.maximum(values, LEAST))
@@ -67,18 +102,12 @@ def errors(
         "of a problem; in brackets, what error the estimator admits"
     )
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
     """Suboptimality against cost and against seconds; medians, quartiles shaded."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    colors = matplotlib.colormaps["tab20"](range(20))
+    figure, panels = make_panels(1, 2, (13, 5.5))
+    colors = palette("tab20")
     for i, (method, rows) in enumerate(lanes.items()):
         values = np.array([row["curve"] for row in rows], float)
         values[np.isnan(values)] = 1e300  # a run that broke off is as bad as can be
@@ -96,18 +125,14 @@ def medians(lanes: dict[str, list[dict]], path: Path, title: str) -> None:
             axis.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
     labels = "gradient-equivalents", "seconds, in proportion to cost"
     for axis, label in zip(panels, labels, strict=True):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        add_grid(axis)
     panels[0].set_ylabel("h(alpha) - h*, median and quartiles")
     panels[1].legend(
         fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
     )
     figure.suptitle(title)
     figure.savefig(path, dpi=140)
-    pyplot.close(figure)
 
 
 def strips(
@@ -121,16 +146,10 @@ def strips(
 
     most: what is claimed not to be exceeded, another line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(next(iter(panels.values())))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(13, 1.2 + 0.27 * len(names)), sharey=True,
-        layout="constrained",
-    )  # fmt: skip
+    figure, axes = make_panels(
+        1, len(panels), (13, 1.2 + 0.27 * len(names)), sharey=True
+    )
     for axis, (title, of_method) in zip(np.ravel(axes), panels.items(), strict=True):
         for row, (name, values) in enumerate(of_method.items()):
             height = row + np.linspace(-0.25, 0.25, len(values))
@@ -143,14 +162,11 @@ def strips(
                 most, color="k", lw=1, ls=":", label=f"at most {most:g} claimed"
             )
             axis.legend(frameon=False, fontsize=8)
-        axis.set_title(title)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25, axis="x")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(title=title, xlabel=label)
+        add_grid(axis, alpha=0.25, axis="x")
         axis.set_yticks(range(len(names)), names)
     np.ravel(axes)[0].invert_yaxis()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def remaining(
@@ -164,18 +180,11 @@ def remaining(
 
     panels: title -> method -> for each seed (cost, left).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(14, 4.6), sharey=True, layout="constrained"
-    )
+    figure, axes = make_panels(1, len(panels), (14, 4.6), sharey=True)
     least = near / 30
     names = [name for methods in panels.values() for name in methods]
     names = list(dict.fromkeys(names))
-    colors = dict(zip(names, matplotlib.colormaps["tab10"](range(10)), strict=False))
+    colors = dict(zip(names, palette("tab10"), strict=False))
     for axis, (title, methods) in zip(axes, panels.items(), strict=True):
         for name, runs in methods.items():
             low = max(cost[0] for cost, _ in runs)
@@ -188,37 +197,20 @@ def remaining(
             style = "--" if name in dashed else "-"
             axis.plot(at, middle, style, color=colors[name], lw=1.8, label=name)
         axis.axhline(near, color="black", lw=0.8, ls=":")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_title(title)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(xscale="log", yscale="log", title=title, xlabel=unit)
+        add_grid(axis)
     axes[0].set_ylabel(f"left of the way to L-BFGS, median, {least:.2%} at the least")
-    handles = {}
-    for axis in axes:
-        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside right center", frameon=False
-    )
+    add_legend_outside(figure, axes, frameon=False)
     figure.suptitle("Solid: with hypergradients; dashed: without, until there (dotted)")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def trade_off(
     panels: dict[str, dict[str, list[tuple[float, float, bool]]]], path: Path
 ) -> None:
     """Bytes against gradient-equivalents; a dot a seed, hollow where never there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(6 * len(panels), 6), layout="constrained"
-    )
-    colors = matplotlib.colormaps["tab10"](range(10))
+    figure, axes = make_panels(1, len(panels), (6 * len(panels), 6))
+    colors = palette("tab10")
     for axis, (title, points) in zip(np.ravel(axes), panels.items(), strict=True):
         for color, (name, runs) in zip(colors, points.items(), strict=False):
             for i, (cost, kilobytes, there) in enumerate(runs):
@@ -230,11 +222,9 @@ def trade_off(
         axis.set(xscale="log", yscale=scale, title=title)
         axis.set_xlabel("gradient-equivalents; hollow: spent, and never there")
         axis.set_ylabel("peak, kB")
-        axis.grid(alpha=0.3, which="both")
-        axis.spines[["top", "right"]].set_visible(False)
+        add_grid(axis, which="both")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def growth(
@@ -244,37 +234,27 @@ def growth(
 
     panels: (what is counted, what grows) -> method -> (sizes, counts).
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     counted = list(dict.fromkeys(column for column, _ in panels))
     grows = list(dict.fromkeys(axis for _, axis in panels))
-    figure, axes = pyplot.subplots(
+    figure, axes = make_panels(
         len(counted),
         len(grows),
-        figsize=(3.6 * len(grows) + 2.4, 3.2 * len(counted)),
+        (3.6 * len(grows) + 2.4, 3.2 * len(counted)),
         sharex="col",
         squeeze=False,
-        layout="constrained",
     )
-    colors = matplotlib.colormaps["tab20"](range(20))
+    colors = palette("tab20")
     for (column, axis), lines in panels.items():
         panel = axes[counted.index(column), grows.index(axis)]
         for i, (name, (sizes, counts)) in enumerate(lines.items()):
             width = 5 - 0.3 * i  # what lies under others is seen beside them
             panel.plot(sizes, counts, "o-", color=colors[i], ms=3, lw=width, label=name)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
+        panel.set(xscale="log", yscale="log")
         plain_ticks(panel.xaxis)
         plain_ticks(panel.yaxis)
         panel.set_title(f"{column} against {axis}", fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+        add_grid(panel)
     for panel, name in zip(axes[-1], grows, strict=True):
         panel.set_xlabel(name)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False)
+    add_legend_outside(figure, axes[:1, 0], frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

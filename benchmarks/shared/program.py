@@ -23,6 +23,12 @@ class Program:
         self.function, self.compiled = function, None
         self.compile_seconds = self.run_seconds = 0.0
 
+    def timed(self, *args: Any) -> tuple[Any, float]:
+        """Returns the result and the seconds of this call alone."""
+        prev_seconds = self.run_seconds
+        result = self(*args)
+        return result, self.run_seconds - prev_seconds
+
     @property
     def memory(self) -> Memory:
         """Memory of the compiled function, after its first call."""
@@ -48,3 +54,10 @@ def program(function: Callable, *args: Any) -> Program:
     The same arguments return the same program, so that it is compiled once per process.
     """
     return Program(functools.partial(function, *args))
+
+
+def timed(function: Callable, *args: Any) -> tuple[Any, float]:
+    """Returns the result of a function and the seconds until it is computed."""
+    start_time = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return result, time.perf_counter() - start_time

@@ -8,10 +8,16 @@ import numpy as np
 import hypergrad as hg
 from hypergrad.bench import Column, Finding, Published, Row, select
 from hypergrad.bench.claims import Tag
+from hypergrad.bench.report import markdown_table
 
-from .stages import markdown_table
+from .plots import add_legend_outside, make_panels, palette
 
 NUM_POINTS = 200  # of a curve in a row
+COUNT_COLUMNS = (
+    Column("gradient_equivalents", "grad-eq", ".0f", has_deviation=False),
+    Column("num_grads", "inner gradients", ".0f", has_deviation=False),
+    Column("num_hvps", "HVPs", ".0f", has_deviation=False),
+)
 
 
 def step_columns(steps: Iterable[int], form: str = ".6f") -> tuple[Column, ...]:
@@ -109,16 +115,11 @@ def plot_traces(
       published: Numbers of a paper; those of columns ``step_...`` are drawn.
       path: File of the figure.
     """
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(14, 4.8), layout="constrained"
-    )
+    figure, (left, right) = make_panels(1, 2, (14, 4.8))
     methods = list(dict.fromkeys(row["method"] for row in rows if "curve_step" in row))
     # Ten dark colours, then ten light ones.
-    palette = pyplot.get_cmap("tab20").colors
-    palette = [*palette[::2], *palette[1::2]]
-    colors = {method: palette[i % 20] for i, method in enumerate(methods)}
+    ordered = palette("tab20")[::2] + palette("tab20")[1::2]
+    colors = {method: ordered[i % 20] for i, method in enumerate(methods)}
     for row in rows:
         if "curve_step" not in row:
             continue
@@ -150,11 +151,5 @@ def plot_traces(
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", ylabel="outer loss")
         axis.grid(alpha=0.2)
-    handles = {}
-    for axis in (left, right):
-        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside right center", fontsize=8
-    )
+    add_legend_outside(figure, (left, right), fontsize=8)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -1,16 +1,17 @@
 """The estimators of the notebooks of PZOBO's authors, and rows that these lack."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import optax
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Cell
+from hypergrad.bench import Cell, Finding, Row, select
 
 from .random_directions import AlongDirections, RestartedPZOBO, sample_directions
 from .torch_random import TorchGenerator
+from .tuning import cells_with_seeds
 
 RATE = 0.001  # of the inner steps
 
@@ -45,15 +46,20 @@ class Run(NamedTuple):
 
 
 def run_cells(
-    runs: Mapping[str, Run], fitted_once: Iterable[str], seeds: int
-) -> list[Cell]:
+    runs: Mapping[str, Run], fitted_once: Iterable[str]
+) -> Callable[[str, int], list[Cell]]:
     """Returns one cell per row, or one per seed where directions are sampled anew."""
-    num_seeds = {method: min(run.num_seeds, seeds) for method, run in runs.items()}
-    return [
-        {"method": method, "seed": seed}
-        for method in (*runs, *fitted_once)
-        for seed in range(num_seeds.get(method) or 1)
-    ]
+    num_seeds = {method: run.num_seeds or 1 for method, run in runs.items()}
+    return cells_with_seeds(num_seeds | dict.fromkeys(fitted_once, 1))
+
+
+def difference_finding(rows: list[Row]) -> Finding:
+    """Returns where PZOBO ends with and without its difference."""
+    ends = [select(rows, method=x)[0]["final"] for x in ("PZOBO", "direct term")]
+    return Finding(
+        f"PZOBO with its difference ends at {ends[0]:.4g}, without it, in "
+        f"*direct term*, at {ends[1]:.4g}."
+    )
 
 
 def make_estimator(

@@ -5,13 +5,18 @@ import numpy as np
 from hypergrad.bench import (
     Finding,
     Row,
-    geometric_mean,
     mean_interval,
     ratio_interval,
-    select,
 )
 
-from .cost_ratios import mean_over_tasks, miss_texts, saving_claim
+from . import row_columns
+from .cost_ratios import (
+    costs_or_bounds,
+    mean_over_tasks,
+    miss_texts,
+    rank_by_cost,
+    saving_claim,
+)
 from .outcomes import conclude
 from .rq1_running import DESCENTS, METHODS, PARTS
 from .rq1_tasks import (
@@ -29,17 +34,14 @@ MIN_SHARE, MIN_WARM_SAVING, MIN_SAVING = 0.5, 1.5, 2.0  # claimed
 
 def column(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
     """Returns a column by seed; empty if the method does not apply to the task."""
-    method_rows = select(rows, task=task, method=method)
-    method_rows = [row for row in method_rows if not row.get("reason")]
-    method_rows.sort(key=lambda row: row["seed"])
-    return np.array([row.get(name) for row in method_rows], float)
+    applicable = [row for row in rows if not row.get("reason")]
+    return row_columns.column(applicable, name, task=task, method=method)
 
 
 def costs_to_target(rows: list[Row], task: str, method: str) -> tuple[np.ndarray, int]:
     """Returns costs by seed, and how many are bounds of runs that miss the target."""
-    names = "cost", "gradient_equivalents"
-    cost, total = (column(rows, task, method, name) for name in names)
-    return np.where(np.isnan(cost), total, cost), int(np.sum(np.isnan(cost)))
+    values = lambda name: column(rows, task, method, name)
+    return costs_or_bounds(values("cost"), values("gradient_equivalents"))
 
 
 def shares(rows: list[Row], task: str, method: str, part: str = "inner") -> np.ndarray:
@@ -147,28 +149,15 @@ def against_random(rows: list[Row]) -> list[Finding]:
 
 def winner(rows: list[Row], task: str) -> Finding:
     """Returns the cheapest of the methods that reach the target on every seed."""
-    means, bounds = {}, {}
-    for method in METHODS:
-        cost, num_misses = costs_to_target(rows, task, method)
-        if cost.size:
-            (bounds if num_misses else means)[method] = geometric_mean(cost)
+    costs = {method: costs_to_target(rows, task, method) for method in METHODS}
+    costs = {method: x for method, x in costs.items() if x[0].size}
+    means, text = rank_by_cost(costs, ",.0f")
+    if means:
+        totals = {x: means[x] + tuning_cost(rows, task, x) for x in means}
+        cheapest = min(totals, key=lambda method: totals[method])
+        text += f"; with its tuning counted, {cheapest}, {totals[cheapest]:,.0f}"
     best = f"{best_of(rows, task)} tuned best with hypergradients"
-    if not means:
-        text = "no method reaches the target on every seed"
-        return Finding(f"{task}: {text}; {best}")
-    order = sorted(means, key=lambda method: means[method])
-    text = f"{task}: first is {order[0]}, {means[order[0]]:,.0f}"
-    if order[1:]:
-        text += f", then {order[1]}, {means[order[1]]:,.0f}"
-    undecided = [method for method in bounds if bounds[method] < means[order[0]]]
-    if undecided:
-        text += f"; undecided, as they ended below that: {', '.join(undecided)}"
-    totals = {
-        method: means[method] + tuning_cost(rows, task, method) for method in means
-    }
-    first = min(totals, key=lambda method: totals[method])
-    text += f"; with its tuning counted, {first}, {totals[first]:,.0f}"
-    return Finding(f"{text}; {best}")
+    return Finding(f"{task}: {text}; {best}")
 
 
 def sharing_finding(rows: list[Row]) -> Finding:

@@ -33,13 +33,13 @@ from .rq1_tasks import (
     problem_of,
 )
 from .searching import Until
+from .tuning import TUNING_SEEDS, choose_on_seeds
 
 GRID_SIDE = 9  # points per axis of the grid
 NEAR = 0.1  # of the way from the best point of the grid to the start
 NUM_TRAININGS = 100  # within the budget
 WARM_START_FACTOR = 5  # steps of a training over those of a warm-started estimate
 NUM_EVALUATIONS = 50  # of a descent, about
-TUNING_SEEDS = (100, 101)
 RATES, SLOW_RATES = (0.1, 0.3, 1.0, 3.0, 10.0), (0.01, 0.03, 0.1, 0.3, 1.0)
 #: Assumed operations per second, watts, and grams of CO2 per kilowatt-hour.
 OPERATIONS, WATTS, GRAMS = 5e9, 20.0, 400.0
@@ -366,16 +366,14 @@ def tune(task: str, method: str) -> Row:
     """
     if method not in DESCENTS:
         return {"setting": 0.0, "score": None, "tuning_cost": 0.0}
-    settings = DESCENTS[method].rates
-    runs = [[run(task, method, seed, x) for seed in TUNING_SEEDS] for x in settings]
     budget = budget_of(task, problem_of(task, TUNING_SEEDS[0])[0])
-    scores = [float(np.mean([score(row, budget) for row in x])) for x in runs]
-    best = int(np.argmin(scores))
-    return {
-        "setting": settings[best],
-        "score": scores[best],
-        "tuning_cost": sum(cost_or_bound(row) for x in runs for row in x),
-    }
+    choice = choose_on_seeds(
+        lambda setting, seed: run(task, method, seed, setting),
+        DESCENTS[method].rates,
+        lambda row: score(row, budget),
+        cost=cost_or_bound,
+    )
+    return {name: getattr(choice, name) for name in ("setting", "score", "tuning_cost")}
 
 
 # Operations.

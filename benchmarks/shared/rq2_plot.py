@@ -4,9 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hypergrad.bench.figures import import_pyplot
-
-from .plots import plain_ticks
+from .plots import add_grid, make_panels, plain_ticks
 
 COLORS = ("crimson", "darkorange", "goldenrod", "grey", "black", "steelblue")
 
@@ -32,12 +30,14 @@ def curves(
       metrics: Metrics, a column each.
       path: File of the figure.
     """
-    pyplot = import_pyplot()
     tasks = list(dict.fromkeys(task for task, _ in panels))
-    figure, axes = pyplot.subplots(
-        2 * len(tasks), len(metrics), figsize=(12, 5.4 * len(tasks)),
-        height_ratios=[3, 1.7] * len(tasks), squeeze=False, layout="constrained",
-    )  # fmt: skip
+    figure, axes = make_panels(
+        2 * len(tasks),
+        len(metrics),
+        (12, 5.4 * len(tasks)),
+        height_ratios=[3, 1.7] * len(tasks),
+        squeeze=False,
+    )
     for (task, metric), methods in panels.items():
         row, position = 2 * tasks.index(task), metrics.index(metric)
         upper, lower = axes[row, position], axes[row + 1, position]
@@ -63,8 +63,7 @@ def curves(
         lower.set_xlabel("test at the end, %: seeds, and their mean", fontsize=8)
         for axis in (upper, lower):
             axis.tick_params(labelsize=8)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+            add_grid(axis)
         lower.tick_params(axis="y", labelsize=7)
     figure.suptitle(
         "The exact metric of the model in hand: its own surrogate by three ways, black "
@@ -72,4 +71,3 @@ def curves(
         fontsize=11,
     )
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -37,12 +37,13 @@ from .metric_learning import (
 )
 from .metric_tasks import SYSTEMS
 from .program import program
+from .task_runs import implicit_by_cg
+from .tuning import TUNING_SEEDS, choose_on_seeds
 
 #: Gradient-equivalents per run.
 BUDGETS = {"noisy digits": 6000.0, "few words": 1000.0}
 TASKS = tuple(BUDGETS)
 NUM_EVALUATIONS = 50  # of a descent, about
-TUNING_SEEDS = (100, 101)
 #: Inner solver of a trial, and of a converged estimate.
 TRAINING = hg.Newton(tolerance=1e-3)
 METRIC_TOL = 1e-6  # smaller differences of metrics are rounding errors
@@ -68,11 +69,7 @@ class DescentConfig(NamedTuple):
 TEN_STEPS = hg.Descent(optax.sgd(0.3, momentum=0.9), num_steps=10)
 DESCENT_CONFIGS = {
     "converged": DescentConfig(
-        hg.Implicit(
-            TRAINING,
-            hg.CG(rtol=1e-2, max_steps=100, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(TRAINING, rtol=1e-2, max_steps=100),
         (0.01, 0.03, 0.1, 0.3),
         {"noisy digits": 30.0, "few words": 10.0},
     ),
@@ -387,8 +384,10 @@ def score(row: Row, metric: str) -> float:
 def tune(task: str, name: str) -> Row:
     """Returns the setting with the best mean score on the seeds of tuning."""
     metric, settings = LEARNED[name].metric, LEARNED[name].settings(task)
-    runs = [[run(task, name, seed, x) for seed in TUNING_SEEDS] for x in settings]
-    scores = [float(np.mean([score(row, metric) for row in x])) for x in runs]
-    best = int(np.argmax(scores))
-    cost = sum(row["gradient_equivalents"] for x in runs for row in x)
-    return {"setting": settings[best], "score": scores[best], "tuning_cost": cost}
+    choice = choose_on_seeds(
+        lambda setting, seed: run(task, name, seed, setting),
+        settings,
+        lambda row: score(row, metric),
+        higher_is_better=True,
+    )
+    return {name: getattr(choice, name) for name in ("setting", "score", "tuning_cost")}

@@ -27,6 +27,7 @@ from .rq4_tasks import (
     init_w,
     problem_of,
 )
+from .tuning import TUNING_SEEDS
 
 NONE, HAND, LEARNED, RANDOM, VALIDATION = AUGMENTATIONS = (
     "none", "fixed", "learned", "random search", "validation-only"
@@ -35,7 +36,6 @@ BUDGET = 3000.0  # gradient-equivalents of choosing magnitudes
 #: Inner steps of an estimate, of a trial, and of the final training.
 NUM_STEPS, NUM_TRIAL_STEPS, NUM_TRAINING_STEPS = 20, 100, 1000
 OUTER_RATE = 0.1  # of Adam, on magnitudes
-TUNING_SEEDS = (100, 101)
 RATES, PENALTIES = (0.01, 0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2, 3e-2)
 PAIRS = list(itertools.product(RATES, PENALTIES))
 

@@ -28,6 +28,7 @@ from hypergrad.runtime.compat import enable_x64
 from hypergrad.searchers.base import Trials, seed_from_key
 
 from .program import Program
+from .task_runs import implicit_by_cg
 from .tuning import digits
 
 SIZES = (2, 20, 500)
@@ -155,20 +156,12 @@ class Descent(NamedTuple):
 
 DESCENTS = {
     "implicit": Descent(
-        hg.Implicit(
-            hg.Newton(tolerance=1e-3),
-            hg.CG(rtol=0.1, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(hg.Newton(tolerance=1e-3), rtol=0.1),
         RATES,
         250,
     ),
     "implicit, 10 steps": Descent(
-        hg.Implicit(
-            hg.Descent(STEP, 10),
-            hg.CG(max_steps=5, preconditioner=None),
-            estimate_error=False,
-        ),
+        implicit_by_cg(hg.Descent(STEP, 10), max_steps=5),
         RATES,
         250,
     ),

@@ -15,11 +15,13 @@ import scipy.stats
 from jaxtyping import Array, PyTree
 
 import hypergrad as hg
-from hypergrad.bench import Finding, Row, difference_interval
+from hypergrad.bench import Finding, Row, difference_interval, select
+from hypergrad.bench.report import markdown_table
 from hypergrad.runtime.compat import enable_x64
 from hypergrad.tasks import architecture
 
 from .architecture_cells import STEPS
+from .row_columns import column
 
 NUM_SAMPLES = 65  # one with the training of the supernet, and rounds of 1, 4 or 16
 SPACE = hg.spaces.Choice(len(architecture.OPERATIONS), shape=(len(architecture.EDGES),))
@@ -182,22 +184,17 @@ def sampled_cells(num_samples: int, seed: int) -> frozenset[int]:
 # Findings and the printed form.
 
 
-def column(rows: list[Row], method: str, name: str) -> np.ndarray:
-    """Returns a column of a method by seed; NaN where a row has no number."""
-    method_rows = [row for row in rows if row["method"] == method]
-    by_seed = sorted(method_rows, key=lambda row: row["seed"])
-    numbers = [np.nan if row[name] is None else row[name] for row in by_seed]
-    return np.array(numbers)
-
-
 def compare(rows: list[Row], first: str, second: str) -> Finding:
     """Returns the ratios of costs and bytes, and the added regret in points."""
     cost_ratio, bytes_ratio = (
-        column(rows, second, name).mean() / column(rows, first, name).mean()
+        column(rows, name, method=second).mean()
+        / column(rows, name, method=first).mean()
         for name in ("cost", "bytes")
     )
     note = "" if CONFIGS[second].batch_size else note_on_repeats(rows, first, second)
-    regrets = (100 * column(rows, method, "regret") for method in (first, second))
+    regrets = (
+        100 * column(rows, "regret", method=method) for method in (first, second)
+    )
     added = difference_interval(*regrets)
     return Finding(
         f"{first} against {second}: {cost_ratio:.3g} times fewer gradient-equivalents"
@@ -208,12 +205,12 @@ def compare(rows: list[Row], first: str, second: str) -> Finding:
 def note_on_repeats(rows: list[Row], first: str, second: str) -> str:
     """Returns the ratio of costs if no cell were trained twice; "" if none was."""
     num_samples = CONFIGS[second].num_samples
-    seeds = column(rows, second, "seed")
+    seeds = sorted(row["seed"] for row in select(rows, method=second))
     num_cells = np.array([len(sampled_cells(num_samples, seed)) for seed in seeds])
-    cost = np.mean(column(rows, second, "cost") * num_cells / num_samples)
+    cost = np.mean(column(rows, "cost", method=second) * num_cells / num_samples)
     if num_cells.min() == num_samples:
         return ""
-    ratio = cost / column(rows, first, "cost").mean()
+    ratio = cost / column(rows, "cost", method=first).mean()
     return (
         f" ({ratio:.3g} if each of the {num_cells.min()} to {num_cells.max()} cells "
         f"among its {num_samples} samples were trained once)"
@@ -231,41 +228,42 @@ def body(rows: list[Row]) -> list[str]:
     """Returns the table of the searches."""
     accuracy = architecture.ranking()["test_accuracy"].mean(axis=1)
     mean_regret = 100 * (accuracy.max() - accuracy.mean())
-    lines = [
+    text = (
         "**Weights that candidates share.** The regret of a random cell is "
         f"{mean_regret:.1f} points. Means and ranges over the seeds; grad-eq is the "
         "same on every seed. Peak: bytes of a step of training or of the values at "
-        "once, whichever is larger. Carried: bytes from one candidate to the next.",
-        "",
-        "| method | grad-eq | regret | range | rank | correlation | peak kB "
-        "| carried kB |",
-        "|" + "---|" * 8,
-    ]
+        "once, whichever is larger. Carried: bytes from one candidate to the next."
+    )
+    headings = (
+        "method", "grad-eq", "regret", "range", "rank", "correlation", "peak kB",
+        "carried kB",
+    )  # fmt: skip
+    lines = []
     labels = {row["method"] for row in rows}
     for method in CONFIGS:
         if method not in labels:
             continue
-        get = functools.partial(column, rows, method)
+        get = lambda name, method=method: column(rows, name, method=method)
         regret = 100 * get("regret")
         cells = [
             method,
             f"{get('cost').mean():,.0f}",
             f"{regret.mean():.1f}",
             f"{regret.min():.1f} to {regret.max():.1f}",
-            f"{get('rank').min()} to {get('rank').max()}",
+            f"{get('rank').min():.0f} to {get('rank').max():.0f}",
             f"{get('rank_correlation').mean():.2f}",
             f"{get('bytes').mean() / 1e3:,.0f}",
             f"{get('carried_bytes').mean() / 1e3:.1f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return [text, "", *markdown_table(headings, lines)]
 
 
 def points(rows: list[Row]) -> dict[str, list[tuple[float, float, bool]]]:
     """Returns cost and kilobytes per method, labelled with its mean regret."""
     labels = {row["method"] for row in rows}
     names = {
-        method: f"{method}: {100 * column(rows, method, 'regret').mean():.1f}"
+        method: f"{method}: {100 * column(rows, 'regret', method=method).mean():.1f}"
         for method in CONFIGS
         if method in labels
     }

@@ -18,6 +18,8 @@ from hypergrad.bench import Row
 from hypergrad.extend import SingleLoopState
 from hypergrad.problem import Bilevel
 
+from .task_runs import implicit_by_cg
+
 RANDOM_LENGTH = ("TTSA", "SUSTAIN")  # methods that sample the lengths of their series
 DOUBLE_LOOP, SEARCH, TOTAL = "implicit", "random search", "random search, total"
 
@@ -80,7 +82,7 @@ class System(NamedTuple):
         return [(rate, ratio) for rate in self.rates for ratio in self.ratios]
 
 
-def falling(rate: Array) -> Callable[[Any], Array]:
+def falling(rate: Array | float) -> Callable[[Any], Array]:
     """Returns a schedule that falls as ``rate / sqrt(1 + t / 100)``."""
     return lambda step: rate / jnp.sqrt(1 + step / 100)
 
@@ -112,11 +114,8 @@ def family(rate: Array, batches: int) -> dict[str, Callable[[], Any]]:
         "PZOBO": lambda: hg.PZOBO(sgd, 10, 1),
         "DARTS": lambda: hg.DARTS(sgd, rate),
         "DARTS, first order": lambda: FirstOrderDARTS(sgd),
-        DOUBLE_LOOP: lambda: hg.Implicit(
-            hg.Descent(sgd, 10),
-            hg.CG(max_steps=10, preconditioner=None),
-            warm_start=True,
-            estimate_error=False,
+        DOUBLE_LOOP: lambda: implicit_by_cg(
+            hg.Descent(sgd, 10), max_steps=10, warm_start=True
         ),
     }
 

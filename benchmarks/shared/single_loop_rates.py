@@ -13,10 +13,10 @@ import numpy as np
 
 import hypergrad as hg
 from hypergrad.bench import Finding, Row
+from hypergrad.bench.report import markdown_table
 
 from .single_loop import DOUBLE_LOOP, RANDOM_LENGTH, paid_for
 
-TUNING_SEEDS = (100, 101)
 NUM_PROBE_STEPS = 128  # contain whole periods of SRBA and VRBO
 NUM_LONG_PROBE_STEPS = 4096  # of methods whose series have random lengths
 
@@ -118,11 +118,15 @@ def rate_table(
       form: Format of the best final value.
     """
     columns = "method", *headings, "steps", "tuning grad-eq"
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        best = format(min(x for x in row["ends"] if x is not None), form)
-        lines.append(
-            f"| {row['method']} | {row['rate']:g} | {row['ratio']:g} | {best} | "
-            f"{row['num_steps']} | {row['tuning_cost']:,.0f} |"
-        )
-    return [*lines, "", edge_finding(rows).markdown]
+    cells = [
+        [
+            row["method"],
+            f"{row['rate']:g}",
+            f"{row['ratio']:g}",
+            format(min(x for x in row["ends"] if x is not None), form),
+            f"{row['num_steps']}",
+            f"{row['tuning_cost']:,.0f}",
+        ]
+        for row in rows
+    ]
+    return [*markdown_table(columns, cells), "", edge_finding(rows).markdown]

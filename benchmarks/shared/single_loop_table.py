@@ -27,10 +27,12 @@ from hypergrad.bench import (
     ratio_interval,
     select,
 )
+from hypergrad.bench.report import markdown_table
 
 from . import plots
 from .outcomes import conclude
 from .program import Program
+from .row_columns import QUARTILES, column, mean_text
 from .single_loop import (
     DOUBLE_LOOP,
     METHODS,
@@ -45,12 +47,11 @@ from .single_loop import (
     without_batches,
 )
 from .single_loop_rates import (
-    TUNING_SEEDS,
     choose_pair,
     count_affordable_steps,
     rate_table,
 )
-from .tuning import cells_of
+from .tuning import TUNING_SEEDS, cells_of
 
 TAIL = 0.1  # fraction of the cost over whose geometric mean a run ends
 MIN_FALL = (
@@ -58,7 +59,6 @@ MIN_FALL = (
 )
 MAX_OVERRUN = 1.05  # cost of a run over its budget
 REPEATS = 5  # calls of which the seconds are the median
-QUARTILES = (0.25, 0.5, 0.75)
 
 # Tuning.
 
@@ -178,11 +178,7 @@ def measure(system: System, cell: Cell, rows: list[Row]) -> Row:
     program = bare_program(system, method, steps)
     if program.compiled is None:
         program(*args)  # so that seconds are those of a warm program
-    seconds = []
-    for _ in range(REPEATS):
-        previous = program.run_seconds
-        program(*args)
-        seconds.append(program.run_seconds - previous)
+    seconds = [program.timed(*args)[1] for _ in range(REPEATS)]
     return {
         "end": final_value(result["curve"], result["curve_cost"]),
         "run_seconds": float(np.median(seconds)),
@@ -260,9 +256,8 @@ class InitialThenRandom(eqx.Module):
 
 def final_values(rows: list[Row], method: str) -> np.ndarray:
     """Returns where each seed ended; infinite for a run that broke off."""
-    method_rows = sorted(select(rows, method=method), key=lambda row: row["seed"])
-    values = [row["end"] for row in method_rows]
-    return np.array([np.inf if x is None else x for x in values])
+    values = column(rows, "end", method=method)
+    return np.where(np.isnan(values), np.inf, values)
 
 
 def compare_final_values(
@@ -327,12 +322,30 @@ def first_at_plateau(rows: list[Row], method: str) -> Finding:
     return conclude(text, is_met, len(final_values(rows, method)), 0.0, np.inf)
 
 
+def compare_with_soba(
+    rows: list[Row], *, min_ratio: float, other: str
+) -> list[Finding]:
+    """Returns whether SABA ends below SOBA, and SOBA is first at its plateau.
+
+    Args:
+      rows: Rows of the table.
+      min_ratio: Claimed ratio of the ends of SOBA and SABA.
+      other: A method that is compared with SOBA without a claim, as SRBA is.
+    """
+    return [
+        compare_final_values(rows, "SABA", "SOBA", min_ratio),
+        compare_final_values(rows, "SRBA", "SOBA"),
+        compare_final_values(rows, other, "SOBA"),
+        first_at_plateau(rows, "SOBA"),
+    ]
+
+
 # The printed table.
 
 
 def body(system: System, rows: list[Row]) -> list[str]:
     """Returns a line per method: medians and quartiles over seeds."""
-    lines = [
+    text = (
         f"{rows[0]['data_name']}; {len({row['seed'] for row in rows})} seeds. End: "
         "median [quartiles] of h(alpha) - h* at the end of at most "
         f"{system.budget:,.0f} gradient-equivalents (grad-eq); plateau: median cost to "
@@ -340,17 +353,18 @@ def body(system: System, rows: list[Row]) -> list[str]:
         "product (HVP) yields the inner gradient too, which is not counted again. A "
         "run that broke off is infinite. Milliseconds are those of a warm program "
         "without evaluations. Rates of w, and of alpha over that of w, are those "
-        "chosen by tuning.",
-        "",
-        "| method | end | plateau | grad-eq | gradients | HVPs | steps | rate | ratio "
-        "| tuning grad-eq | compile s | run ms |",
-        "|" + "---|" * 12,
+        "chosen by tuning."
+    )
+    headings = (
+        "method", "end", "plateau", "grad-eq", "gradients", "HVPs", "steps", "rate",
+        "ratio", "tuning grad-eq", "compile s", "run ms",
+    )  # fmt: skip
+    cells = [
+        line_of(method, method_rows)
+        for method in (*METHODS, SEARCH, TOTAL)
+        if (method_rows := select(rows, method=method))
     ]
-    for method in (*METHODS, SEARCH, TOTAL):
-        method_rows = select(rows, method=method)
-        if method_rows:
-            lines.append("| " + " | ".join(line_of(method, method_rows)) + " |")
-    return lines
+    return [text, "", *markdown_table(headings, cells)]
 
 
 def line_of(method: str, rows: list[Row]) -> list[str]:
@@ -361,24 +375,20 @@ def line_of(method: str, rows: list[Row]) -> list[str]:
     num_broken = int(np.sum(~np.isfinite(values)))
     mark = f", {num_broken} broke off" if num_broken else ""
     plateau = median_cost_to_plateau(rows, method)
-
-    def mean(name: str, form: str, scale: float = 1.0) -> str:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        return form.format(scale * np.mean(values)) if values else "-"
-
+    mean = functools.partial(mean_text, rows)
     return [
         method,
         f"{middle} [{low}, {high}]{mark}",
         f"{plateau:.0f}" if np.isfinite(plateau) else "-",
-        mean("gradient_equivalents", "{:.0f}"),
-        mean("num_grads", "{:.0f}"),
-        mean("num_hvps", "{:.0f}"),
-        mean("num_steps", "{:.0f}"),
-        mean("rate", "{:g}"),
-        mean("ratio", "{:g}"),
-        mean("tuning_cost", "{:,.0f}"),
-        mean("compile_seconds", "{:.1f}"),
-        mean("run_seconds", "{:.1f}", 1e3),
+        mean("gradient_equivalents", ".0f"),
+        mean("num_grads", ".0f"),
+        mean("num_hvps", ".0f"),
+        mean("num_steps", ".0f"),
+        mean("rate", "g"),
+        mean("ratio", "g"),
+        mean("tuning_cost", ",.0f"),
+        mean("compile_seconds", ".1f"),
+        mean("run_seconds", ".1f", 1e3),
     ]
 
 

@@ -23,18 +23,15 @@ def tuning_row(rows: Iterable[Row], **fields: Any) -> Row:
     return selected[0]
 
 
+def fingerprint_splits(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the `fingerprint` of the arrays of all splits."""
+    pairs = [(part, name) for part in splits for name in splits[part]]
+    return fingerprint({f"{part} {name}": splits[part][name] for part, name in pairs})
+
+
 def fingerprint(arrays: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of names and bytes of arrays."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def markdown_table(
-    headings: Iterable[str], cells: Iterable[Iterable[str]]
-) -> list[str]:
-    """Returns the lines of a Markdown table."""
-    titles = list(headings)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    return lines + ["| " + " | ".join(row) + " |" for row in cells]

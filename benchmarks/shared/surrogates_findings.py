@@ -14,6 +14,7 @@ from hypergrad.bench import (
 from hypergrad.bench.statistics import MIN_SEEDS, holm_levels, p_value
 
 from .metric_learning import OWN_SURROGATE
+from .row_columns import column
 
 #: Test examples, or classes, over those to learn from, of the systems whose seeds
 #: re-split one data set with fewer of them to test.
@@ -22,13 +23,6 @@ RESPLITS = {
     "retrieval": Resplits(test_to_train=3 / 7),
 }
 COMPARED = ("cross-entropy", *OWN_SURROGATE.values())
-
-
-def column(rows: list[Row], task: str, method: str, name: str) -> np.ndarray:
-    """Returns one number per seed, in the order of the seeds."""
-    method_rows = select(rows, task=task, method=method)
-    method_rows = sorted(method_rows, key=lambda row: row["seed"])
-    return np.array([row[name] for row in method_rows], dtype=float)
 
 
 def in_points(interval: Interval) -> str:
@@ -41,9 +35,10 @@ def leads_over_rivals(
     rows: list[Row], task: str, metric: str, name: str
 ) -> tuple[str, dict[str, np.ndarray]]:
     """Returns the best rival of a metric's own surrogate, and the lead over each."""
-    own = column(rows, task, OWN_SURROGATE[metric], name)
+    values = lambda method: column(rows, name, task=task, method=method)
+    own = values(OWN_SURROGATE[metric])
     rivals = [method for method in COMPARED if method != OWN_SURROGATE[metric]]
-    leads = {method: own - column(rows, task, method, name) for method in rivals}
+    leads = {method: own - values(method) for method in rivals}
     return min(rivals, key=lambda method: leads[method].mean()), leads
 
 
@@ -99,7 +94,7 @@ def compare_at_equal_cost(rows: list[Row], method: str) -> Finding:
         value[seed][max(0, np.searchsorted(cost[seed], limit[seed], "right") - 1)]
         for seed in sorted(limit)
     ]
-    single_loop = column(rows, "joint", method, "end")
+    single_loop = column(rows, "end", task="joint", method=method)
     return Finding(
         f"{method}, its mAP on validation at the end minus that of the double loop at "
         f"that cost: {in_points(difference_interval(single_loop, double_loop))}"
@@ -109,8 +104,8 @@ def compare_at_equal_cost(rows: list[Row], method: str) -> Finding:
 def reaching_claim(rows: list[Row], method: str) -> Finding:
     """Claim o2: the cost to reach the double loop's mAP is at most half of its cost."""
     cost, total, double_loop = (
-        column(rows, "joint", *names)
-        for names in (
+        column(rows, name, task="joint", method=label)
+        for label, name in (
             (method, "cost_to_reach"),
             (method, "last_cost"),
             ("double loop", "cost_to_reach"),
@@ -149,8 +144,10 @@ def compare_with_others(
     The intervals are corrected for the number of all comparisons by Holm's method.
     """
     differences = {
-        (task, metric, other): column(rows, task, OWN_SURROGATE[metric], metric)
-        - column(rows, task, other, metric)
+        (task, metric, other): column(
+            rows, metric, task=task, method=OWN_SURROGATE[metric]
+        )
+        - column(rows, metric, task=task, method=other)
         for task, metric in task_metrics
         for other in others_of(rows, task, metric)
     }

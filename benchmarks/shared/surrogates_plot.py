@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hypergrad.bench.figures import import_pyplot
+from .plots import add_grid, make_figure
 
 
 def surrogates(
@@ -22,11 +22,8 @@ def surrogates(
       curves: ``{method: runs}``; a run is (cost, value, target, cost to reach or None).
       path: File of the figure.
     """
-    pyplot = import_pyplot()
     heights = [len(methods) for methods in panels.values()] + [9]
-    figure = pyplot.figure(
-        figsize=(11, 1.5 + 0.26 * sum(heights)), layout="constrained"
-    )
+    figure = make_figure((11, 1.5 + 0.26 * sum(heights)))
     grid = figure.add_gridspec(len(heights), len(own), height_ratios=heights)
     for i, (task, methods) in enumerate(panels.items()):
         for j, metric in enumerate(own):
@@ -44,7 +41,6 @@ def surrogates(
         fontsize=10,
     )
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _plot_dots(axis, methods: dict, metric: str, own: str) -> None:
@@ -88,8 +84,7 @@ def _plot_dots(axis, methods: dict, metric: str, own: str) -> None:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    add_grid(axis, axis="x")
 
 
 LOOP_COLORS = ("black", "darkorange", "crimson", "steelblue")
@@ -127,5 +122,4 @@ def _plot_curves(axis, curves: dict[str, list[tuple]]) -> None:
         fontsize=10,
     )
     axis.legend(fontsize=8, frameon=False)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    add_grid(axis)

@@ -11,30 +11,14 @@ from typing import Any
 import numpy as np
 
 from .method_colors import COLORS, colors_of
+from .plots import make_panels
 
 Rows = list[dict[str, Any]]
 
 
-def _figure(num_panels: int):
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib must be installed to make figures. Run pip install "
-            "'hypergrad-jax[cli]'."
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figsize = (5 * num_panels, 3.6)
-    return pyplot.subplots(1, num_panels, figsize=figsize, layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def _figure(num_panels: int) -> tuple[Any, Any]:
+    """Returns a figure with panels side by side."""
+    return make_panels(1, num_panels, (5 * num_panels, 3.6))
 
 
 def _group_by_method(rows: Rows, prefix: str = "") -> dict[str, Rows]:
@@ -83,7 +67,7 @@ def cleaning(rows: Rows, path: Path) -> None:
         left.set(xlabel="learned weight", ylabel="density", title=title)
         left.legend(frameon=False)
     _plot_curves(right, _group_by_method(learned), "validation loss")
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def penalties(rows: Rows, path: Path) -> None:
@@ -98,7 +82,7 @@ def penalties(rows: Rows, path: Path) -> None:
             axes.axhline(np.median(baseline), color=color, label="baseline")
         _plot_curves(axes, groups, "validation loss")
         axes.set_title(system)
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def schedules(rows: Rows, path: Path) -> None:
@@ -166,7 +150,7 @@ def schedules(rows: Rows, path: Path) -> None:
     )
     middle.legend(frameon=False, fontsize=7)
     right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def augmentation(
@@ -207,7 +191,7 @@ def augmentation(
     )
     left.legend(frameon=False)
     _plot_curves(right, _group_by_method(learned), "validation loss")
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def self_supervised(rows: Rows, grid: Any, path: Path) -> None:
@@ -229,7 +213,7 @@ def self_supervised(rows: Rows, grid: Any, path: Path) -> None:
     left.set(xlabel="temperature", ylabel="test error of the probe", xscale="log")
     left.legend(frameon=False)
     _plot_curves(right, _group_by_method(rows), "validation error of the probe")
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def unsupervised(rows: Rows, variants: Any, path: Path) -> None:
@@ -248,7 +232,7 @@ def unsupervised(rows: Rows, variants: Any, path: Path) -> None:
             median = np.median(baseline)
             axes.axhline(median, color=COLORS["baseline"], ls="--")
             axes.set_ylim(top=median + 0.3 * abs(median))
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def few_shot(rows: Rows, path: Path) -> None:
@@ -293,7 +277,7 @@ def methods(
     if log:
         left.set_xscale("log")
     _plot_curves(right, _group_by_method(rows), "outer value")
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def _plot_curves(axes: Any, groups: dict[str, Rows], ylabel: str) -> None:
@@ -358,7 +342,7 @@ def physics(rows: Rows, systems: Sequence[str], path: Path) -> None:
             title=f"{system}: chosen weights, equal ones cross",
         )
         right.legend(frameon=False, fontsize=7)
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def reinforcement(rows: Rows, path: Path) -> None:
@@ -389,7 +373,7 @@ def reinforcement(rows: Rows, path: Path) -> None:
     _plot_seeds(panels[3], groups, "value_error", is_geometric=True)
     title = "mrp: seeds, and their geometric mean"
     panels[3].set(xlabel="error of the values", xscale="log", title=title)
-    _save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def architecture(
@@ -435,4 +419,4 @@ def architecture(
     legend = panels[0].legend(frameon=False, fontsize=7, loc="lower right")
     for handle in legend.legend_handles[1:]:
         handle.set_sizes([20])
-    _save(figure, path)
+    figure.savefig(path, dpi=150)

@@ -1,17 +1,20 @@
 """The rule by which rows are tuned, and what many rows contain."""
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from hypergrad import datasets
 from hypergrad.bench import Cell, Row
+from hypergrad.bench.timing import measure_seconds
 from hypergrad.trace import Trace
 
+TUNING_SEEDS = (100, 101)  # no seed of a table
 DIGITS = "scikit-learn digits (1,797 real 8x8 images)"
 
 
@@ -21,12 +24,89 @@ def digits() -> dict[str, np.ndarray]:
     return datasets.load("digits")
 
 
+def grid_cells(**fields: Iterable[Any]) -> Callable[[str, int], list[Cell]]:
+    """Returns ``(scale, seeds) -> cells`` with all combinations, seeds innermost.
+
+    Args:
+      fields: Values of each field, of which the first one is outermost.
+    """
+    combinations = list(itertools.product(*fields.values()))
+    return lambda scale, seeds: [
+        dict(zip(fields, values, strict=True)) | {"seed": seed}
+        for values in combinations
+        for seed in range(seeds)
+    ]
+
+
 def cells_of(methods: Iterable[str]) -> Callable[[str, int], list[Cell]]:
     """Returns ``(scale, seeds) -> cells`` with a cell per method and seed."""
-    labels = list(methods)
+    return grid_cells(method=methods)
+
+
+def cells_with_seeds(
+    max_seeds: Mapping[str, float],
+) -> Callable[[str, int], list[Cell]]:
+    """Returns `cells_of` the methods, each with at most its own number of seeds."""
     return lambda scale, seeds: [
-        {"method": label, "seed": seed} for label in labels for seed in range(seeds)
+        {"method": label, "seed": seed}
+        for label, max_num in max_seeds.items()
+        for seed in range(int(min(seeds, max_num)))
     ]
+
+
+def with_seconds(run: Callable[[Cell], Row]) -> Callable[[Cell, list[Row]], Row]:
+    """Returns ``measure_cell`` of a table: a run, and the seconds that it took."""
+
+    def measure(cell: Cell, rows: list[Row]) -> Row:
+        del rows
+        with measure_seconds() as seconds:
+            row = run(cell)
+        return row | {
+            "compile_seconds": seconds.compilation,
+            "run_seconds": seconds.total - seconds.compilation,
+        }
+
+    return measure
+
+
+class TuningResult(NamedTuple):
+    """The setting that is chosen on the tuning seeds.
+
+    Attributes:
+      setting: The chosen setting.
+      score: Its mean score.
+      scores: Mean score of each setting.
+      tuning_cost: Cost of all runs.
+    """
+
+    setting: Any
+    score: float
+    scores: list[float]
+    tuning_cost: float
+
+
+def choose_on_seeds(
+    run: Callable[[Any, int], Row],
+    settings: Sequence[Any],
+    score: Callable[[Row], float],
+    *,
+    cost: Callable[[Row], float] = lambda row: row["gradient_equivalents"],
+    higher_is_better: bool = False,
+) -> TuningResult:
+    """Returns the setting with the best mean score on `TUNING_SEEDS`.
+
+    Args:
+      run: ``(setting, seed) -> row``.
+      settings: Settings to try.
+      score: Score of a row; lower is better unless ``higher_is_better``.
+      cost: Cost of a row.
+      higher_is_better: Whether larger scores are better.
+    """
+    runs = [[run(setting, seed) for seed in TUNING_SEEDS] for setting in settings]
+    scores = [float(np.mean([score(row) for row in rows])) for rows in runs]
+    best = int(np.argmax(scores) if higher_is_better else np.argmin(scores))
+    tuning_cost = sum(cost(row) for rows in runs for row in rows)
+    return TuningResult(settings[best], scores[best], scores, tuning_cost)
 
 
 def tune_and_run(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:

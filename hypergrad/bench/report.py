@@ -135,14 +135,14 @@ def to_markdown(result: TableResult, failures: dict[str, str] | None = None) -> 
         text = "; ".join(result.deviations)
         lines += [f"**Not the protocol of the table**: {text}.", ""]
     if table.body is None:
-        lines += _markdown_table(*main_table(result))
+        lines += markdown_table(*main_table(result))
         if any("method_source" in row for row in result.printed_rows):
             lines += ["", "A star marks a method that was added with `--method`."]
     else:
         lines += _body_lines(table.body, result.printed_rows)
     if table.published:
         lines += ["", "## Published numbers", ""]
-        lines += _markdown_table(*published_table(result))
+        lines += markdown_table(*published_table(result))
     lines.append("")
     lines += [finding.markdown for finding in result.findings]
     lines += _legend(result)
@@ -275,8 +275,9 @@ def _compare(
     return [paper, number.tag, measured, difference, verdict]
 
 
-def _markdown_table(
+def markdown_table(
     headings: Sequence[str], cells: Iterable[Sequence[str]]
 ) -> list[str]:
+    """Returns the lines of a Markdown table."""
     to_line = lambda row: "| " + " | ".join(x.replace("|", r"\|") for x in row) + " |"
     return [to_line(headings), "|" + "---|" * len(headings), *map(to_line, cells)]

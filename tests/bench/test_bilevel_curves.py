@@ -125,7 +125,7 @@ def test_findings_judge_ratios_in_both_directions(factor, outcome):
 
 def test_without_a_checkout_only_our_curves_are_measured(monkeypatch):
     monkeypatch.setattr(bilevel_curves, "checkout", lambda: None)
-    cells = bilevel_curves.cells("small", 3)
+    cells = bilevel_curves.table.cells("small", 3)
     peers = [cell for cell in cells if "peer" in cell["program"]]
     assert len(peers) == 2 * 3 * len(SETTINGS)
     assert bilevel_curves.measure(peers[0], []) == {}

@@ -134,9 +134,9 @@ def test_the_first_evaluation_as_good_counts():
 
 def test_one_seed_shows_no_spread():
     """In percent; a dash where there is no number."""
-    assert surrogates.mean_text(np.array([0.5, 0.7])) == "60.0 ± 14.1"
-    assert surrogates.mean_text(np.array([0.5, np.nan])) == "50.0"
-    assert surrogates.mean_text(np.array([np.nan])) == "-"
+    assert surrogates.spread_text(np.array([0.5, 0.7])) == "60.0 ± 14.1"
+    assert surrogates.spread_text(np.array([0.5, np.nan])) == "50.0"
+    assert surrogates.spread_text(np.array([np.nan])) == "-"
 
 
 # Findings.
@@ -207,7 +207,7 @@ def test_comparisons_are_corrected_for_re_splits_and_for_their_number():
         (line,) = findings(rows, f"{task}, F1: ")
         low, high = re.findall(r"\[\+([\d.]+), \+([\d.]+)\]", line.text)[0]
         half_widths[task] = (float(high) - float(low)) / 2
-    own = surrogates.column(rows, "reuters", "sigmoid F1", "F1")
+    own = surrogates.column(rows, "F1", task="reuters", method="sigmoid F1")
     single = 100 * mean_interval(own).high - 100 * np.mean(own)
     assert half_widths["reuters"] > 1.5 * single
     assert half_widths["digits"] > 2 * half_widths["reuters"]

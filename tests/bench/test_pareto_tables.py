@@ -293,7 +293,8 @@ def test_a_setting_of_two_numbers_is_at_an_edge_by_either():
 
 def test_seeds_without_a_number_are_left_out_and_counted():
     """The text states how many of the seeds have a number."""
-    text = pareto.mean_text
-    assert text(np.array([0.25, 0.75]), ".2f") == "0.50 ± 0.35"
-    assert text(np.array([0.25, np.nan, 0.75]), ".2f") == "0.50 ± 0.35 (2 of 3)"
-    assert text(np.array([np.nan]), ".2f") == "-"
+    rows = [{"small_error": value} for value in (0.25, None, 0.75)]
+    text = pareto.VOLUMES[-1].text
+    assert text(rows[::2]) == "50.0% ± 35.4%"
+    assert text(rows) == "50.0% ± 35.4% (2 of 3)"
+    assert text(rows[1:2]) == "-"

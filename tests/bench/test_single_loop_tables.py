@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 import hypergrad as hg
 from benchmarks import quadratics, soba_step
@@ -294,8 +294,12 @@ def test_a_run_ends_where_its_last_step_leads():
 
 def test_figure_of_a_step_shows_the_claimed_maximum(tmp_path, monkeypatch):
     """A vertical line at five gradients."""
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    figures, savefig = [], Figure.savefig
+    save = lambda figure, *args, **options: (
+        figures.append(figure) or savefig(figure, *args, **options)
+    )
+    monkeypatch.setattr(Figure, "savefig", save)
     soba_step.plot([{"soba": 3.0, "plain": 4.0}], tmp_path / "step.png")
-    x_values = [set(line.get_xdata()) for line in pyplot.gcf().axes[0].lines]
+    x_values = [set(line.get_xdata()) for line in figures[0].axes[0].lines]
     assert {soba_step.MAX_GRADIENTS} in x_values
     assert (tmp_path / "step.png").exists()
