@@ -66,9 +66,15 @@ def ridge_solution(alpha, batch):
     return jnp.linalg.solve(H, x.T @ y / len(y))
 
 
-def stored_w(alpha, batch):
-    """For an inner solver that returns whatever the data contains."""
-    return batch["w"]
+# A quadratic for the data H and t, whose stationary point may be a saddle.
+
+
+def saddle_inner(w, alpha, batch):
+    return 0.5 * w @ (batch["H"] @ w) - w @ alpha
+
+
+def saddle_outer(w, alpha, batch):
+    return 0.5 * jnp.sum((w - batch["t"]) ** 2)
 
 
 # Random data.
@@ -136,15 +142,6 @@ def batch_hypergradient(
     v = np.linalg.solve(H, b)
     hypergradient[inner_rows] = (y - x @ w) * (x @ v) / len(inner_rows)
     return hypergradient
-
-
-#: Steps of the size ``1 / (t + 1)`` lead ``w`` to the mean of the sampled unit vectors.
-TALLY = hg.Bilevel(
-    lambda w, alpha, x: 0.5 * jnp.sum((w[None] - x) ** 2) + 0 * alpha,
-    lambda w, alpha, x: jnp.sum(w),
-    hg.Batches(np.eye(5), 1),
-)
-TALLY_SOLVER = hg.Descent(optax.sgd(lambda count: 1 / (count + 1.0)), 90)
 
 
 # Cost.

@@ -112,6 +112,7 @@ def test_the_residual_is_that_of_the_indefinite_hessian():
     expected = np.linalg.norm(residual) / np.linalg.norm(B)
     np.testing.assert_allclose(estimate.stats["adjoint_residual"], expected, rtol=1e-6)
     assert np.isnan(estimate.stats["ritz_min"])  # the spectrum of H is unknown
+    assert set(estimate.flags) == {"not_finite", "other_curvature"}
     assert not estimate.trusted
 
 

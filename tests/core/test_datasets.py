@@ -117,8 +117,3 @@ def test_a_file_with_another_digest_is_not_parsed(tmp_path):
         (tmp_path / "reuters" / name).write_bytes(content)
     with pytest.raises(ValueError, match=hashlib.sha256(content).hexdigest()):
         hg.datasets.load("reuters", tmp_path)
-
-
-def test_an_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match=r"name must be one of .*digits"):
-        hg.datasets.load("digit")

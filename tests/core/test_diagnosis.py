@@ -352,14 +352,6 @@ def test_the_reason_of_a_lost_derivative_names_diagnose():
     assert any("stop_gradient" in x and "hg.diagnose" in x for x in estimate.reasons)
 
 
-def test_the_first_reason_is_that_numbers_are_not_finite():
-    train = with_entry(TRAIN, "x", (4, 2), np.nan)
-    problem = hg.Bilevel(inner_loss, outer_loss, train, VAL)
-    estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(W, ALPHA)
-    assert "not finite" in estimate.reasons[0]
-    assert "hg.diagnose" in estimate.reasons[0]
-
-
 def test_a_stopped_run_is_diagnosed_at_its_last_row():
     """The penalty grows until the fixed learning rate is too large for it."""
     steep = lambda w, alpha, batch: jnp.sum(jnp.exp(alpha) * (w - 1.0) ** 2)

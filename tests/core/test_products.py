@@ -98,23 +98,6 @@ def test_products_with_unit_vectors_are_the_columns_of_the_dense_matrices():
     assert_close(by_v[5], J)
 
 
-def test_products_equal_central_differences_of_gradients():
-    """This oracle uses first derivatives only."""
-    v, d = random_vectors(0)
-
-    def difference(dw, dalpha, step=1e-5):
-        plus = gradients(FLAT_W + step * dw, FLAT_ALPHA + step * dalpha)
-        minus = gradients(FLAT_W - step * dw, FLAT_ALPHA - step * dalpha)
-        return [(p - m) / (2 * step) for p, m in zip(plus, minus, strict=True)]
-
-    Hv, JTv, Jd, *_ = products(v, d)
-    expected_Hv, expected_JTv = difference(v, np.zeros(d.size))
-    expected_Jd, _ = difference(np.zeros(v.size), d)
-    assert_close(Hv, expected_Hv, 1e-8)
-    assert_close(JTv, expected_JTv, 1e-8)
-    assert_close(Jd, expected_Jd, 1e-8)
-
-
 def test_cross_jvp_differentiates_every_argument_and_skips_integers():
     """The tangents of labels are float0."""
     _, d = random_vectors(2)

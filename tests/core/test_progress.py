@@ -2,12 +2,8 @@
 
 import contextlib
 import math
-import os
-import pty
 import re
-import subprocess
 import sys
-import textwrap
 import types
 
 import jax
@@ -20,6 +16,7 @@ import hypergrad as hg
 from hypergrad.progress import ProgressUpdate, make_timer, open_progress
 from hypergrad.runtime.progress_bar import progress_bar, tenth_printer
 from tests.loops import TO_ONE, ExactEstimator, assert_same_bits, run_loop
+from tests.processes import run_in_terminal, run_python
 
 TRUSTED = np.arange(40) % 4 > 0
 
@@ -223,24 +220,12 @@ SCRIPT = """
 
 
 def test_a_run_in_a_terminal_shows_a_bar_and_otherwise_ten_lines():
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    own_end, other_end = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(command, stderr=other_end, env=environment) as process:
-        os.close(other_end)
-        text = b""
-        with contextlib.suppress(OSError):  # EIO: the other end was closed
-            while chunk := os.read(own_end, 4096):
-                text += chunk
-    os.close(own_end)
-    assert process.returncode == 0
-    assert "━" in text.decode()
-    assert re.search(r"100%.*step 20, value .*, trusted \d+ of 20", text.decode())
+    text, status = run_in_terminal(SCRIPT, env={"COLUMNS": "120"})
+    assert status == 0
+    assert "━" in text
+    assert re.search(r"100%.*step 20, value .*, trusted \d+ of 20", text)
     # Systems for tests often set this variable, which is no terminal.
-    environment = os.environ | {"FORCE_COLOR": "1"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=environment
-    )
+    result = run_python(SCRIPT, env={"FORCE_COLOR": "1"})
     lines = result.stderr.splitlines()
     assert len(lines) == 10
     assert result.stdout == ""

@@ -9,7 +9,6 @@ import pytest
 import hypergrad as hg
 from benchmarks.shared.reference_problems import (
     get_reference,
-    ridge,
 )
 from hypergrad.cost.counts import cost_stats
 from hypergrad.estimators.error_estimates import standard_error
@@ -61,28 +60,6 @@ def test_an_average_equals_a_loop_over_its_samples():
     assert failed_checks(estimate) == {"standard_error"}
 
 
-def test_every_sample_counts_as_often_as_the_slowest():
-    """Samples on different batches need different numbers of products."""
-    # Among fewer samples rounding may leave none that needs another number.
-    reference, num_samples = get_reference("ridge per-weight"), 16
-    linear_solver = hg.CG(preconditioner=None)
-    estimator = hg.Implicit(
-        hg.Newton(), linear_solver, adjoint_batch_size=3, estimate_error=False
-    )
-    average = hg.Average(estimator, num_samples)
-    problem, alpha = with_batches(reference, 8), reference.alpha
-    state, key = average.init(problem, reference.w, alpha), jax.random.key(1)
-    estimate, _ = jax.jit(average.estimate)(problem, state, alpha, key)
-    state = estimator.init(problem, reference.w, alpha)
-    sample_fn = jax.jit(estimator.estimate)
-    counts = [
-        float(sample_fn(problem, state, alpha, key)[0].stats["num_hvps"])
-        for key in jax.random.split(key, num_samples)
-    ]
-    assert min(counts) < max(counts)
-    assert estimate.stats["num_hvps"] == num_samples * max(counts)
-
-
 def slow_in_two_ways(w, alpha, key):
     """An estimate with few gradients and many products, or the reverse."""
     is_first = jax.random.bits(key) % 2 == 0
@@ -116,26 +93,6 @@ def test_the_standard_error_does_not_depend_on_a_factor(factor):
     relative = lambda x: standard_error(jnp.asarray(x), jnp.asarray(x).mean(0), False)
     scaled = samples * np.float32(factor)
     np.testing.assert_allclose(relative(scaled), relative(samples), rtol=1e-5)
-
-
-def test_the_standard_error_is_the_scatter_of_means():
-    """Over 400 keys its mean square is the mean squared deviation, up to 15%."""
-    reference = ridge("per-weight", n=200)
-    estimator = hg.Implicit(
-        hg.ClosedForm(lambda alpha, batch: reference.solution(reference.alpha)),
-        adjoint_batch_size=40,
-        outer_batch_size=40,
-    )
-    average = hg.Average(estimator, num_samples=8)
-    hypergradient_fn = hg.hypergradient(with_batches(reference), average)
-    keys = jax.random.split(jax.random.key(0), 400)
-    estimates = jax.vmap(hypergradient_fn, in_axes=(None, None, 0))(
-        reference.w, reference.alpha, keys
-    )
-    h = np.asarray(estimates.hypergradient)
-    estimated = estimates.stats["standard_error"] * np.linalg.norm(h, axis=1)
-    actual = np.sum((h - h.mean(axis=0)) ** 2, axis=1)
-    np.testing.assert_allclose(np.mean(estimated**2), actual.mean(), rtol=0.15)
 
 
 def test_estimators_without_statistics_can_be_averaged():
@@ -174,13 +131,6 @@ def test_several_samples_of_the_data_have_no_certificate():
             hg.Bilevel(loss, loss, data_fn=data_fn), average, optax.sgd(0.1), 0.0, 1.0,
             num_steps=1, certify_every=1,
         )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_averages_pass_the_conformance_checks():
-    """`check_estimator` accepts the average of an exact estimator."""
-    solver = hg.Descent(optax.sgd(0.5), 200)
-    hg.testing.check_estimator(hg.Average(hg.Implicit(solver), 2))
 
 
 def test_a_certificate_does_not_judge_another_sample_than_an_average_saw():

@@ -19,19 +19,6 @@ from tests.estimator_cases import failed_checks, run_estimator
 from tests.loops import TO_ZERO
 
 
-@pytest.mark.parametrize(
-    ("name", "momentum"), [("ridge per-weight", None), ("quadratic nested", 0.3)]
-)
-def test_many_terms_equal_the_closed_form(name, momentum):
-    """The adjoint of gradient descent and of heavy ball converges to the argmin's."""
-    reference = get_reference(name)
-    solver = hg.Descent(optax.sgd(reference.step, momentum), 600)
-    estimate = run_estimator(reference, hg.FixedPoint(solver, num_terms=600))
-    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
-    assert estimate.stats["adjoint_residual"] < 1e-9
-    assert estimate.trusted
-
-
 @pytest.mark.parametrize(("num_terms", "momentum"), [(1, None), (7, 0.3)])
 def test_k_terms_are_the_last_k_steps(num_terms, momentum):
     """At the fixed point, K terms equal reverse mode through the last K steps."""

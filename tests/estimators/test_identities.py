@@ -1,4 +1,4 @@
-"""Tests of estimators against each other, and of the rates at which errors fall."""
+"""Tests of estimators against each other, and of the error of truncation."""
 
 import functools
 
@@ -96,30 +96,6 @@ def ridge_grad(w):
     return jax.grad(reference.problem.inner_loss)(
         w, reference.alpha, reference.problem.inner_data
     )
-
-
-# Rates.
-
-
-def test_the_bias_of_an_early_stop_is_linear_in_the_inner_error():
-    """The error of Implicit is first order in ||w - w*||."""
-    solution = REFERENCE.solution(REFERENCE.alpha)
-    exact = REFERENCE.exact(REFERENCE.alpha)
-    estimator = hg.Implicit(hg.ClosedForm(lambda alpha, batch: batch["w"]))
-    direction = np.random.default_rng(0).normal(size=solution.shape)
-    distances, errors = np.logspace(-6, -3, 4), []
-    for distance in distances:
-        w = solution + distance * direction
-        problem = hg.Bilevel(
-            REFERENCE.problem.inner_loss,
-            REFERENCE.problem.outer_loss,
-            REFERENCE.problem.inner_data | {"w": w},
-            REFERENCE.problem.outer_data,
-        )
-        estimate = hg.hypergradient(problem, estimator)(REFERENCE.w, REFERENCE.alpha)
-        errors.append(error(estimate.hypergradient, exact))
-    slope = np.polyfit(np.log(distances), np.log(errors), 1)[0]
-    assert slope == pytest.approx(1, abs=0.02)
 
 
 # The error estimate of truncation.

@@ -1,4 +1,4 @@
-"""`Implicit` against closed forms, dense solves and central differences."""
+"""`Implicit` against closed forms and dense solves."""
 
 import functools
 
@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optax
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import hypergrad as hg
 from benchmarks.shared.reference_problems import (
     cast,
-    central,
     dense,
     error,
     get_reference,
-    logistic_outer,
     quadratic,
 )
 from tests.estimator_cases import (
@@ -34,16 +29,15 @@ from tests.estimator_cases import (
     failed_checks,
     gradient_equivalents,
     grazzi,
-    noisy_ridge,
     quadratic_solution,
     ridge_of_five_examples,
     ridge_outer,
     ridge_penalty,
-    ridge_solution,
     ridge_with_few_outer_examples,
     run_estimator,
+    saddle_inner,
+    saddle_outer,
     sgd,
-    stored_w,
 )
 
 LOGISTIC = get_reference("logistic per-weight")
@@ -75,26 +69,6 @@ def test_estimate_equals_the_closed_form(name, linear_solver):
     assert estimate.reasons == ()
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [hg.Newton(), hg.LBFGS(), hg.ClosedForm(ridge_solution)],
-    ids=["Newton", "LBFGS", "ClosedForm"],
-)
-def test_every_inner_solver_reaches_the_closed_form(solver):
-    """Ridge regression with one penalty per weight."""
-    estimate = run_estimator(RIDGE, hg.Implicit(solver))
-    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-9
-    assert estimate.trusted
-
-
-def test_estimate_equals_central_differences():
-    """Fourth-order differences of the outer value at a Newton point of NumPy."""
-    val = LOGISTIC.problem.outer_data
-    value = lambda alpha: logistic_outer(LOGISTIC.solution(alpha), alpha, val)
-    estimate = run_estimator(LOGISTIC, hg.Implicit(hg.Newton()))
-    assert error(estimate.hypergradient, central(value, LOGISTIC.alpha, 1e-2)) < 1e-7
-
-
 @pytest.mark.parametrize("structure", ["0-d", "1", "cI"])
 def test_one_eigenvalue_needs_one_product(structure):
     """CG solves ``H = c I`` in one step; the final product makes two."""
@@ -104,18 +78,6 @@ def test_one_eigenvalue_needs_one_product(structure):
     estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
     estimate = run_estimator(reference, estimator)
     assert estimate.stats["num_hvps"] <= 2
-    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
-
-
-@given(seed=st.integers(0, 10_000), condition=st.sampled_from([1.5, 5.0, 19.0]))
-@settings(max_examples=25, deadline=None)
-def test_number_of_products_is_near_the_dimension(seed, condition):
-    """CG needs at most ``dim + 3`` steps for a condition below 20."""
-    reference = quadratic("30", seed, condition)
-    linear_solver = hg.CG(preconditioner=None)
-    estimator = hg.Implicit(QUADRATIC_FORMULA, linear_solver, estimate_error=False)
-    estimate = run_estimator(reference, estimator)
-    assert estimate.stats["num_hvps"] <= reference.w.size + 3 + 1
     assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
 
 
@@ -162,37 +124,17 @@ def test_damping_is_added_to_the_hessian():
         assert bool(estimate.trusted) == (residual < 0.01)
 
 
-def double_hvp(w, alpha, batch, v):
-    return 2 * batch["H"] @ v
-
-
-def test_hvp_fn_replaces_the_hessian_in_the_solve():
-    """``2 H`` halves the adjoint, which shows in the residual; it is not trusted."""
-    parts = dense(QUADRATIC.problem, QUADRATIC.w, QUADRATIC.alpha)
-    estimate = run_estimator(
-        QUADRATIC, hg.Implicit(QUADRATIC_FORMULA, hvp_fn=double_hvp)
-    )
-    v = np.linalg.solve(2 * parts["H"], parts["b"][0])
-    exact = jnp.array(parts["direct"][0] - v @ parts["J"])
-    assert error(estimate.hypergradient, exact) < 1e-9
-    np.testing.assert_allclose(estimate.stats["adjoint_residual"], 0.5, rtol=1e-9)
-    assert np.isnan(estimate.stats["ritz_min"])
-    assert set(estimate.flags) == {"not_finite", "other_curvature"}
-    assert not estimate.trusted
-
-
-@pytest.mark.parametrize(
-    ("method", "number"), [key for key in GRAZZI_ERRORS if key[0] != "truncated"]
-)
+@pytest.mark.parametrize(("method", "number"), GRAZZI_ERRORS)
 def test_published_errors_on_the_logistic_problem_of_grazzi(method, number):
     """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
     reference, exact = grazzi()
-    linear_solvers = {
-        "CG": hg.CG(max_steps=number, preconditioner=None),
-        "Neumann": hg.Neumann(number, 0.1),
-    }
     solver = hg.Descent(sgd(0.1), 100)
-    estimate = run_estimator(reference, hg.Implicit(solver, linear_solvers[method]))
+    estimator = {
+        "CG": hg.Implicit(solver, hg.CG(max_steps=number, preconditioner=None)),
+        "Neumann": hg.Implicit(solver, hg.Neumann(number, 0.1)),
+        "truncated": hg.Unrolled(solver, truncation_length=number),
+    }[method]
+    estimate = run_estimator(reference, estimator)
     assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
     expected = GRAZZI_ERRORS[method, number]
     assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
@@ -241,60 +183,6 @@ def test_early_stop_of_the_inner_loop_is_not_trusted(name):
     assert failed_checks(estimate) == {"inner_error"}
 
 
-@pytest.mark.parametrize("solver", [hg.Identity(), hg.Neumann(2)], ids=repr)
-def test_an_inaccurate_adjoint_is_not_taken_for_an_inner_error(solver):
-    """At the exact argmin the only reason is the adjoint, which is 10% off at least."""
-    estimate = run_estimator(RIDGE, hg.Implicit(hg.Newton(), solver))
-    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) > 0.1
-    assert failed_checks(estimate) == {"adjoint_residual"}
-
-
-@pytest.mark.parametrize(
-    ("name", "linear_solver"), [("ridge per-weight", "CG"), ("logistic scalar", "LU")]
-)
-def test_no_trusted_estimate_is_far_off(name, linear_solver):
-    """Inner solutions with random errors from 1e-6 to 1 of their norm."""
-    reference = get_reference(name)
-    w_star, exact = (
-        reference.solution(reference.alpha),
-        reference.exact(reference.alpha),
-    )
-    linear_solver = LINEAR_SOLVERS[linear_solver]
-    estimator = hg.Implicit(hg.ClosedForm(stored_w), linear_solver)
-    losses = reference.problem.inner_loss, reference.problem.outer_loss
-    rng, trusted, errors = np.random.default_rng(0), [], []
-    for size in np.logspace(-6, 0, 25):
-        offset = rng.normal(size=w_star.shape)
-        offset *= size * np.linalg.norm(w_star) / np.linalg.norm(offset)
-        data = reference.problem.inner_data | {"w": w_star + offset}
-        problem = hg.Bilevel(*losses, data, reference.problem.outer_data)
-        estimate = hg.hypergradient(problem, estimator)(reference.w, reference.alpha)
-        trusted.append(bool(estimate.trusted))
-        errors.append(error(estimate.hypergradient, exact))
-    trusted, errors = np.array(trusted), np.array(errors)
-    assert np.all(errors[trusted] < 0.1)
-    assert np.all(trusted[errors < 1e-4])
-
-
-def test_error_along_a_flat_direction_is_not_trusted():
-    """Curvatures 300 and 1; w is off along the second, where b is small.
-
-    LU alone does not find the curvature of directions that b lacks.
-    """
-    inner = lambda w, alpha, batch: (
-        0.5 * jnp.sum((batch["h"] + alpha) * w**2) - jnp.sum(w)
-    )
-    outer = lambda w, alpha, batch: w @ batch["c"]
-    w_star = jnp.array([1 / 300, 1.0])
-    data = {"h": jnp.array([300.0, 1.0]), "w": w_star + jnp.array([0.0, 1.0])}
-    problem = hg.Bilevel(inner, outer, data, {"c": jnp.array([1.0, 0.01])})
-    estimator = hg.Implicit(hg.ClosedForm(stored_w), lx.LU(), certify=True)
-    estimate = hg.hypergradient(problem, estimator)(jnp.zeros(2), jnp.zeros(2))
-    exact = -w_star * jnp.array([1 / 300, 0.01])
-    assert error(estimate.hypergradient, exact) > 0.9
-    assert not estimate.trusted
-
-
 def test_small_error_of_w_near_the_outer_optimum_is_not_trusted():
     """w is off by 0.4%, but ``dM/dw = w - 1`` has the wrong sign there."""
     inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
@@ -317,14 +205,6 @@ def test_zero_outer_gradient_does_not_hide_the_inner_error():
         assert not estimate.trusted
 
 
-def stationary_inner(w, alpha, batch):
-    return 0.5 * w @ (batch["H"] @ w) - w @ alpha
-
-
-def stationary_outer(w, alpha, batch):
-    return 0.5 * jnp.sum((w - batch["t"]) ** 2)
-
-
 def run_at_stationary_point(spectrum, target, estimator):
     """Returns the estimate at ``w = alpha = 0``, where ``dL/dw = 0``.
 
@@ -333,7 +213,7 @@ def run_at_stationary_point(spectrum, target, estimator):
     rng, size = np.random.default_rng(0), len(spectrum)
     basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
     data = {"H": basis * np.array(spectrum) @ basis.T, "t": basis @ np.array(target)}
-    problem = hg.Bilevel(stationary_inner, stationary_outer, data, data)
+    problem = hg.Bilevel(saddle_inner, saddle_outer, data, data)
     return hg.hypergradient(problem, estimator)(jnp.zeros(size), jnp.zeros(size))
 
 
@@ -351,6 +231,8 @@ ONE_STEP = hg.Descent(sgd(0.1), 1)
         ("NystromCG", [1.0, 1.0, 1.0], False),
         ("BiCGStab", [1.0, 1.0, 1.0], True),
         ("MINRES", [1.0, 1.0, 1.0], False),
+        # This b has no part along it: only the random probe of a certificate does.
+        ("LU", [1.0, 1.0, 0.0], True),
     ],
 )
 def test_saddle_is_not_trusted(name, target, certify):
@@ -374,21 +256,29 @@ def test_singular_hessian_is_not_trusted(name):
 
 @pytest.mark.parametrize(
     "linear_solver",
-    [hg.CG(max_steps=1), hg.Neumann(100, 0.3), hg.Neumann(2, 0.1), hg.Nystrom(rank=3)],
-    ids=["truncated CG", "diverging Neumann", "short Neumann", "Nystrom"],
+    [
+        hg.CG(max_steps=1),
+        hg.Neumann(100, 0.3),
+        hg.Neumann(2, 0.1),
+        hg.Neumann(2),
+        hg.Nystrom(rank=3),
+        hg.Identity(),
+    ],
+    ids=[
+        *("truncated CG", "diverging Neumann", "short Neumann"),
+        *("Neumann that finds its step size", "Nystrom", "Identity"),
+    ],
 )
 def test_inaccurate_adjoint_is_not_trusted(linear_solver):
-    """Spectrum [1, 10]: one CG step, a step size above 2/10, two terms, a sketch."""
+    """Spectrum [1, 10]: one CG step, a step size above 2/10, two terms, a sketch.
+
+    At the exact argmin the adjoint is the only reason.
+    """
     estimate = run_estimator(QUADRATIC, hg.Implicit(QUADRATIC_FORMULA, linear_solver))
     exact = QUADRATIC.exact(QUADRATIC.alpha)
-    assert not error(estimate.hypergradient, exact) < 0.01
-    assert estimate.stats["adjoint_residual"] > 0.01
-    assert "adjoint_residual" in failed_checks(estimate)
-
-
-def test_a_converging_series_is_trusted():
-    estimator = hg.Implicit(QUADRATIC_FORMULA, hg.Neumann(100, 0.1))
-    assert run_estimator(QUADRATIC, estimator).trusted
+    assert not error(estimate.hypergradient, exact) < 0.1
+    assert estimate.stats["adjoint_residual"] > 0.1
+    assert failed_checks(estimate) == {"adjoint_residual"}
 
 
 def test_worst_of_several_losses_decides():
@@ -438,25 +328,6 @@ def test_estimate_recovers_from_a_bad_one(name):
 
 
 # Precision.
-
-
-@pytest.mark.parametrize(
-    ("solver", "linear_solver"),
-    [
-        pytest.param(hg.Newton(), hg.CG(), id="Newton, CG"),
-        pytest.param(hg.LBFGS(), lx.LU(), id="LBFGS, LU"),
-        pytest.param(hg.Descent(sgd(0.3), 300), hg.Neumann(200), id="Descent, Neumann"),
-    ],
-)
-def test_single_precision_is_kept(solver, linear_solver):
-    """Under x64, float32 problems give float32 estimates to 1e-4."""
-    problem, w, alpha = cast((RIDGE.problem, RIDGE.w, RIDGE.alpha), jnp.float32)
-    gradient_fn = hg.hypergradient(problem, hg.Implicit(solver, linear_solver))
-    estimate = gradient_fn(w, alpha)
-    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-4
-    assert estimate.trusted
-    leaves = jax.tree.leaves((estimate.value, estimate.hypergradient, estimate.w))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(
@@ -512,17 +383,6 @@ def test_batch_estimates_are_those_of_single_examples():
     by_outer = [batch_hypergradient(reference, None, j) for j in range(num_examples)]
     full = np.asarray(reference.exact(reference.alpha))
     np.testing.assert_allclose(np.mean(by_outer, axis=0), full, rtol=1e-9)
-
-
-def test_all_products_of_a_solve_see_one_batch_and_one_key():
-    """Otherwise CG could not reach a residual of 1e-10."""
-    train = hg.Batches(RIDGE_DATA[0], 8, with_key=True)
-    problem = hg.Bilevel(noisy_ridge, ridge_outer, train, RIDGE_DATA[1])
-    for adjoint_batch_size in (None, 20):
-        solver = hg.Descent(sgd(0.1), 5)
-        estimator = hg.Implicit(solver, adjoint_batch_size=adjoint_batch_size)
-        estimate = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
-        assert estimate.stats["adjoint_residual"] < 1e-10
 
 
 # Cost.
@@ -699,17 +559,3 @@ def test_cost_equals_the_evaluations_of_the_inner_loss(solver, linear_solver):
             has_subspace = shift > 0 and isinstance(linear_solver, hg.CG)
             num_batched = (6 - 1) + (2 - 1) + (2 - 1) + has_subspace * (3 - 1)
             assert expected == len(calls) + num_batched
-
-
-# Errors.
-
-
-def test_leaf_of_alpha_that_only_the_optimizer_uses_is_an_error():
-    """Its hypergradient is unknown to implicit differentiation; it is not zero."""
-    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha["a"]) ** 2)
-    outer = lambda w, alpha, batch: jnp.sum(w**2)
-    solver = hg.Descent(lambda alpha: optax.sgd(alpha["rate"]), 5)
-    alpha = {"a": jnp.ones(2), "rate": jnp.array(0.5)}
-    gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), hg.Implicit(solver))
-    with pytest.raises(ValueError, match=r"alpha\['rate'\]"):
-        gradient_fn(jnp.zeros(2), alpha)

@@ -23,13 +23,6 @@ from tests.estimator_cases import failed_checks, run_estimator
 from tests.parameters import slow_except
 
 MOMENTUM = 3686 / 4096  # the fraction nearest to 0.9
-TRUSTED = dict.fromkeys(
-    ("not_finite", "out_of_range", "not_reversed", "rounding_error"), False
-)
-
-
-def flags_of(estimate: hg.Estimate) -> dict[str, bool]:
-    return {name: bool(flag) for name, flag in estimate.flags.items()}
 
 
 def test_equals_reverse_mode_up_to_the_resolution():
@@ -38,7 +31,7 @@ def test_equals_reverse_mode_up_to_the_resolution():
     unrolled = hg.Unrolled(hg.Descent(optax.sgd(0.3, MOMENTUM), num_steps))
     actual = run_estimator(reference, hg.Reversible(0.3, MOMENTUM, num_steps))
     expected = run_estimator(reference, unrolled)
-    assert flags_of(actual) == TRUSTED
+    assert actual.trusted
     assert error(actual.hypergradient, expected.hypergradient) < 1e-8
     assert error(actual.w, expected.w) < 1e-8
     assert actual.stats["num_grads"] == 2 * num_steps + 1
@@ -71,7 +64,7 @@ def test_rates_momenta_and_initial_points_are_differentiated():
     unrolled = hg.Unrolled(hg.Descent(make_optimizer, 12))
     actual = hg.hypergradient(problem, reversible)(reference.w, alpha)
     expected = hg.hypergradient(problem, unrolled)(reference.w, alpha)
-    assert flags_of(actual) == TRUSTED
+    assert actual.trusted
     for name in alpha:
         leaf_error = error(actual.hypergradient[name], expected.hypergradient[name])
         assert leaf_error < 1e-7, name
@@ -102,7 +95,7 @@ def test_ten_thousand_steps_return_every_bit():
     reference = quadratic("30", seed=1)
     estimator = hg.Reversible(0.05, 0.9, 10_000)
     estimate = run_estimator(reference, estimator)
-    assert flags_of(estimate) == TRUSTED
+    assert estimate.trusted
     assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-7
     bits_per_step = 8 * estimator.num_buffer_bytes / 10_000
     assert 0.9 * np.log2(1 / 0.9) < bits_per_step < 1.1 * np.log2(1 / 0.9)
@@ -153,9 +146,8 @@ def test_memory_grows_by_the_buffer_only():
             lambda w, alpha, batch: jnp.sum(w**2),
         )
         hypergradient_fn = hg.hypergradient(problem, hg.Reversible(0.1, 0.9, num_steps))
-        run = jax.jit(lambda w, alpha: hypergradient_fn(w, alpha).hypergradient)
-        compiled = run.lower(jnp.zeros(10_000), jnp.zeros(())).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        run = lambda w, alpha: hypergradient_fn(w, alpha).hypergradient
+        return hg.cost.memory(run, jnp.zeros(10_000), jnp.zeros(())).temporaries
 
     growth = temporary_bytes(1600) - temporary_bytes(100)
     buffer_bytes = 1500 * np.log2(1 / 0.9) / 8 * 10_000
@@ -174,7 +166,7 @@ def test_a_float32_run_returns_every_bit():
         estimator = hg.Reversible(0.1, 0.9, 3000)
         estimate = hg.hypergradient(problem, estimator)(jnp.zeros(50), alpha)
         assert estimate.hypergradient.dtype == jnp.float32
-        assert flags_of(estimate) == TRUSTED
+        assert estimate.trusted
         exact = (jnp.sin(alpha) - 0.5) * jnp.cos(alpha)
         assert jnp.linalg.norm(estimate.hypergradient - exact) < 1e-3
 
@@ -241,21 +233,6 @@ def test_numbers_that_leave_the_range_for_a_moment_are_flagged():
         estimate = gradient_fn(jnp.zeros(1, "float32"), jnp.full(1, scale, "float32"))
         assert estimate.flags["out_of_range"]
         assert not estimate.trusted
-
-
-def test_amplified_rounding_errors_are_not_trusted():
-    """Steps that are too large for a bounded loss lead to chaos."""
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum(alpha * jnp.cos(w)),
-        lambda w, alpha, batch: jnp.sum(jnp.sin(w)),
-    )
-    w, alpha = jnp.linspace(0.3, 1.0, 4), jnp.linspace(0.9, 1.1, 4)
-    runs = {
-        rate: hg.hypergradient(problem, hg.Reversible(rate, 0.5, 200))(w, alpha)
-        for rate in (0.1, 8.0)
-    }
-    assert runs[0.1].trusted
-    assert runs[8.0].flags["rounding_error"]
 
 
 @pytest.mark.parametrize(("num_steps", "min_trusted"), [(10, 3), (20, 0)])

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import hypergrad as hg
+from benchmarks.shared.reference_problems import cast
 from tests.parameters import slow_except
 
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -65,10 +66,6 @@ INIT_W = {
 
 MODES = {"reverse": hg.Unrolled, "forward": hg.Forward}
 parametrize_modes = pytest.mark.parametrize("mode", MODES)
-
-
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

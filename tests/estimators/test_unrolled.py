@@ -11,42 +11,21 @@ import pytest
 
 import hypergrad as hg
 from benchmarks import adjoint
-from benchmarks.shared.reference_problems import cast, central, error, get_reference
+from benchmarks.shared.reference_problems import central, error
 from tests.estimator_cases import (
-    GRAZZI_ERRORS,
     RIDGE,
     RIDGE_DATA,
     batch_hypergradient,
-    converging_descent,
     gradient_equivalents,
-    grazzi,
-    noisy_ridge,
     ridge_of_five_examples,
     ridge_outer,
     ridge_penalty,
-    ridge_solution,
     ridge_with_few_outer_examples,
     run_estimator,
     sgd,
 )
 from tests.loops import TO_ZERO
 from tests.parameters import slow_except
-
-
-@pytest.mark.parametrize("name", ["ridge per-example", "smd 1"])
-def test_converged_run_has_the_closed_form(name):
-    """After convergence the target 'solver' agrees with the target 'argmin'."""
-    reference = get_reference(name)
-    solver = converging_descent(reference, 3000 if name.startswith("smd") else 300)
-    estimate = run_estimator(reference, hg.Unrolled(solver, checkpoint=False))
-    assert error(estimate.hypergradient, reference.exact(reference.alpha)) < 1e-9
-    assert estimate.trusted
-
-
-def test_formula_is_differentiated():
-    """Through `ClosedForm` no second derivative of the loss is needed."""
-    estimate = run_estimator(RIDGE, hg.Unrolled(hg.ClosedForm(ridge_solution)))
-    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-12
 
 
 def test_only_the_full_derivative_is_trusted():
@@ -58,19 +37,6 @@ def test_only_the_full_derivative_is_trusted():
     assert full.stats["error_estimate"] == 0
     assert not truncated.trusted
     assert truncated.stats["error_estimate"] > 0
-
-
-@pytest.mark.parametrize(
-    "number", [number for method, number in GRAZZI_ERRORS if method == "truncated"]
-)
-def test_published_errors_of_truncation(number):
-    """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
-    reference, exact = grazzi()
-    solver = hg.Descent(sgd(0.1), 100)
-    estimate = run_estimator(reference, hg.Unrolled(solver, truncation_length=number))
-    assert float(estimate.value) == pytest.approx(0.574399, rel=1e-6)
-    expected = GRAZZI_ERRORS["truncated", number]
-    assert error(estimate.hypergradient, exact) == pytest.approx(expected, rel=0.02)
 
 
 # Everything through which alpha enters the run.
@@ -94,24 +60,6 @@ def start_of_alpha(w, alpha):
 
 START_PROBLEM = hg.Bilevel(penalized, ridge_outer, *RIDGE_DATA, init_fn=start_of_alpha)
 START_ALPHA = {"penalty": RIDGE.alpha, "start": jnp.linspace(-1, 1, 6)}
-
-
-@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoints", "stored"])
-def test_start_that_depends_on_alpha_is_differentiated(checkpoint):
-    """MAML with five steps, against central differences of a Python loop."""
-    w = jnp.full(6, 0.1)
-
-    @jax.jit
-    def value(alpha):
-        final_w = gradient_descent(penalized, start_of_alpha(w, alpha), alpha, 5)
-        return ridge_outer(final_w, alpha, RIDGE_DATA[1])
-
-    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 5), checkpoint=checkpoint)
-    estimate = hg.hypergradient(START_PROBLEM, estimator)(w, START_ALPHA)
-    np.testing.assert_allclose(estimate.value, value(START_ALPHA), rtol=1e-13)
-    expected = central(value, START_ALPHA)
-    for leaf in expected:
-        assert error(estimate.hypergradient[leaf], expected[leaf]) < 1e-9
 
 
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoints", "stored"])
@@ -140,42 +88,6 @@ def test_truncation_does_not_reach_a_leaf_that_only_the_start_uses():
         hg.hypergradient(START_PROBLEM, estimator)(jnp.zeros(6), START_ALPHA)
 
 
-OPTIMIZERS = {
-    "rate and momentum": lambda alpha: optax.sgd(alpha["rate"], momentum=alpha["mu"]),
-    "Adam": lambda alpha: optax.adam(alpha["rate"], b1=alpha["mu"]),
-    "schedule": lambda alpha: optax.sgd(
-        lambda count: alpha["rate"] / (1 + alpha["mu"] * count)
-    ),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_settings_of_the_optimizer_are_differentiated(name):
-    """Against central differences of the same optimizer in a Python loop."""
-    alpha = {
-        "rate": jnp.array(0.2),
-        "mu": jnp.array(0.5),
-        "penalty": jnp.array(-1.0),
-    }
-
-    @jax.jit
-    def value(alpha):
-        optimizer, w = OPTIMIZERS[name](alpha), RIDGE.w
-        state = optimizer.init(w)
-        for _ in range(6):
-            grad = jax.grad(penalized)(w, alpha, RIDGE_DATA[0])
-            updates, state = optimizer.update(grad, state, w)
-            w = optax.apply_updates(w, updates)
-        return ridge_outer(w, alpha, RIDGE_DATA[1])
-
-    problem = hg.Bilevel(penalized, ridge_outer, *RIDGE_DATA)
-    estimator = hg.Unrolled(hg.Descent(OPTIMIZERS[name], 6))
-    estimate = hg.hypergradient(problem, estimator)(RIDGE.w, alpha)
-    np.testing.assert_allclose(estimate.value, value(alpha), rtol=1e-12)
-    expected = central(value, alpha)
-    chex.assert_trees_all_close(estimate.hypergradient, expected, rtol=1e-6)
-
-
 def test_schedule_with_one_rate_per_step():
     """``dw_T/d eta_t = -h w_0 prod_{s != t} (1 - eta_s h)`` on ``h w^2 / 2``."""
     h, w0 = 0.8, 1.5
@@ -193,22 +105,6 @@ def test_schedule_with_one_rate_per_step():
 # Batches.
 
 
-@pytest.mark.parametrize("with_key", [False, True], ids=["batches", "keyed batches"])
-def test_run_on_batches_is_differentiated(with_key):
-    """Central differences of the value, at the same key."""
-    reference = get_reference("ridge scalar")
-    train, val = reference.problem.inner_data, reference.problem.outer_data
-    loss = noisy_ridge if with_key else ridge_penalty
-    problem = hg.Bilevel(
-        loss, ridge_outer, hg.Batches(train, 8, with_key=with_key), val
-    )
-    gradient_fn = hg.hypergradient(problem, hg.Unrolled(hg.Descent(sgd(0.1), 20)))
-    key = jax.random.key(5)
-    value = lambda alpha: gradient_fn(reference.w, alpha, key).value
-    actual = gradient_fn(reference.w, reference.alpha, key).hypergradient
-    assert error(actual, central(value, reference.alpha, 1e-2)) < 1e-8
-
-
 def test_outer_batches_are_unbiased():
     """Each estimate is that of one outer example, and every example occurs."""
     problem, reference = ridge_of_five_examples()
@@ -224,16 +120,6 @@ def test_outer_batches_are_unbiased():
     distance = np.linalg.norm(actual[:, None] - expected[None], axis=-1)
     assert np.all(distance.min(axis=1) < 1e-9)
     assert set(distance.argmin(axis=1)) == set(range(num_examples))
-
-
-def test_single_precision_is_kept():
-    """Under x64, a float32 problem gives a float32 estimate to 1e-4."""
-    problem, w, alpha = cast((RIDGE.problem, RIDGE.w, RIDGE.alpha), jnp.float32)
-    estimator = hg.Unrolled(converging_descent(RIDGE))
-    estimate = hg.hypergradient(problem, estimator)(w, alpha)
-    assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) < 1e-4
-    leaves = jax.tree.leaves((estimate.value, estimate.hypergradient, estimate.w))
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
 # Storage.

@@ -35,15 +35,6 @@ def fitted_rate(x, y):
     return np.polyfit(np.log(x), np.log(y), 1)[0]
 
 
-@pytest.fixture(scope="module")
-def nested_two_losses():
-    """A problem with pytrees and two losses, and its dense solution."""
-    reference = quadratic("nested", seed=2)
-    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
-    expected = dense(problem, reference.w, reference.alpha)["hypergradient"]
-    return problem, reference.w, reference.alpha, expected
-
-
 # Penalty.
 
 
@@ -92,9 +83,12 @@ def test_the_penalty_takes_no_second_derivative():
         hg.hypergradient(problem, hg.Implicit(HALF_STEPS))(0.0, 1.0)
 
 
-def test_warm_started_penalties_of_several_losses_converge(nested_two_losses):
+def test_warm_started_penalties_of_several_losses_converge():
     """Each of K losses continues its own two solves, which 15 steps do not finish."""
-    problem, w, alpha, expected = nested_two_losses
+    reference = quadratic("nested", seed=2)
+    w, alpha = reference.w, reference.alpha
+    problem = two_losses(reference, lambda w, alpha, batch: jnp.sum(w["b"]["c"]))
+    expected = dense(problem, w, alpha)["hypergradient"]
     solver = hg.Descent(optax.sgd(2 / 11), 15)
     estimator = hg.Penalty(solver, 1e3, symmetric=True)
     state, errors = estimator.init(problem, w, alpha), []
@@ -239,14 +233,6 @@ def test_finite_difference_is_a_difference_at_the_solution():
     assert estimate.stats["num_grads"] == pytest.approx(1 + 3 * 0.4)
 
 
-def test_central_differences_of_runs_equal_the_dense_solution(nested_two_losses):
-    """Converged runs give the derivative at the argmin, with K losses and pytrees."""
-    problem, w, alpha, expected = nested_two_losses
-    estimate = hg.hypergradient(problem, hg.CentralDifference(hg.Newton()))(w, alpha)
-    assert error(estimate.hypergradient, expected) < 1e-7
-    assert failed_checks(estimate) == {"difference_error"}
-
-
 def test_the_error_of_central_differences_is_second_order():
     """On a finite run the error against reverse mode falls as epsilon^2."""
     reference = get_reference("logistic per-weight")
@@ -259,6 +245,7 @@ def test_the_error_of_central_differences_is_second_order():
     ]
     errors = [error(estimate.hypergradient, exact) for estimate in estimates]
     assert fitted_rate(epsilons, errors) == pytest.approx(2, abs=0.05)
+    assert failed_checks(estimates[0]) == {"difference_error"}
     num_runs = 2 * reference.alpha.size + 1
     assert estimates[0].stats["num_grads"] == 10 * num_runs + 1
     assert estimates[0].stats["num_outer_values"] == num_runs

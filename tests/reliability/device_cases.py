@@ -285,6 +285,7 @@ def run_interrupted(is_sharded: bool) -> list[float]:
         )
         assert [num_made for num_made, _ in calls] == [5, 6]
         assert all_bytes(resumed) == all_bytes(unbroken)
+        assert resumed.alpha["weights"].sharding == unbroken.alpha["weights"].sharding
     sent = {"x": np.array([-0.0, np.nan, -np.inf])}  # a sum with 0 changes the first
     received = run_on_first_process(lambda: sent, {"x": np.empty(3)})
     assert received["x"].tobytes() == sent["x"].tobytes()

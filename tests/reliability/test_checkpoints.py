@@ -8,11 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 import types
-import warnings
 from pathlib import Path
 
 import equinox as eqx
@@ -32,10 +29,10 @@ from hypergrad.outer_loop import run as outer_run
 from hypergrad.runtime.interrupts import deferred_interrupt
 from hypergrad.runtime.machine import runtime_environment
 from tests.loops import TO_ZERO, ExactEstimator, assert_same_bits, run_loop
+from tests.processes import run_python, start_python
 from tests.reliability.checkpoint_cases import Killed, steps_in
 
 NUM_STEPS = 6
-ROOT = Path(__file__).parents[2]
 
 
 # A run whose state has leaves of many kinds: half precision, None, keys in the state of
@@ -472,48 +469,6 @@ def test_every_kind_of_leaf_is_restored(tmp_path, key):
         assert getattr(x, "weak_type", None) == getattr(arrays[name], "weak_type", None)
 
 
-def run_script(script: str, *arguments: str) -> str:
-    """Runs Python source in a process of its own and returns its standard error."""
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stderr
-
-
-SHARDED = """
-    import os, sys
-
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    import jax, jax.numpy as jnp, numpy as np, optax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    import hypergrad as hg
-    from tests.loops import assert_same_bits
-
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
-    shard = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    x, w = shard(jax.random.normal(jax.random.key(0), (40, 8))), shard(jnp.zeros(8))
-    loss = lambda w, alpha, batch: jnp.mean((batch @ w - 1) ** 2)
-    inner = lambda w, alpha, batch: loss(w, alpha, batch) + alpha @ w**2
-    problem, estimator = hg.Bilevel(inner, loss, x, x[:20]), hg.SOBA(optax.sgd(0.05))
-    loop = hg.OuterLoop(problem, estimator, optax.adam(0.1))
-    run = lambda **options: loop.run(loop.init(w, jnp.ones(8)), num_steps=6, **options)
-    checkpoints = hg.Checkpoints(sys.argv[1], every=3)
-    plain, stopped = run(), run(checkpoints=checkpoints, time_limit=1e-9)
-    resumed = run(checkpoints=checkpoints)
-    assert stopped.status == "stopped: time limit"
-    assert resumed.w.sharding == plain.w.sharding == w.sharding
-    assert_same_bits(resumed, plain)
-"""
-
-
-@pytest.mark.slow
-def test_sharded_arrays_are_restored_sharded(tmp_path):
-    """Four devices of one process: the same bits, each part on its device."""
-    run_script(SHARDED, str(tmp_path))
-
-
 # Corrupt files.
 
 
@@ -524,43 +479,6 @@ def killed(tmp_path_factory) -> Path:
     run_killed(folder, 4)
     assert steps_in(folder) == [3, 4]
     return folder
-
-
-def corrupt(folder: Path, rng: np.random.Generator) -> str:
-    """Flips one byte, or truncates, empties, removes or adds a file."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    file = files[rng.integers(len(files))]
-    content, kind = bytearray(file.read_bytes()), rng.integers(8)
-    if kind == 0:
-        file.unlink()
-    elif kind == 1:
-        (file.parent / "more").write_bytes(bytes(content))
-    elif kind in (2, 3):
-        file.write_bytes(content[: rng.integers(len(content) + 1)])
-    elif content:
-        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
-        file.write_bytes(content)
-    return f"{file.relative_to(folder)}, kind {kind}"
-
-
-@pytest.mark.parametrize(
-    "first_seed",
-    [0, *(pytest.param(12 * i, marks=pytest.mark.slow) for i in range(1, 25))],
-)
-def test_a_corrupt_file_never_leads_to_a_wrong_result(first_seed, killed, tmp_path):
-    """The previous checkpoint is used if the newest is corrupt."""
-    num_warnings = 0
-    for seed in range(first_seed, first_seed + 12):
-        folder = tmp_path / str(seed)
-        shutil.copytree(killed, folder)
-        description = corrupt(folder, np.random.default_rng(seed))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trace = run(checkpoints=hg.Checkpoints(folder))
-        assert_same_bits(trace, unbroken())
-        assert all("corrupt" in str(warning.message) for warning in caught), description
-        num_warnings += len(caught)
-    assert num_warnings  # the newest checkpoint was hit at least once
 
 
 def test_an_unreadable_file_is_skipped_and_kept(killed, tmp_path, monkeypatch):
@@ -582,25 +500,6 @@ def test_an_unreadable_file_is_skipped_and_kept(killed, tmp_path, monkeypatch):
     assert_same_bits(run(checkpoints=hg.Checkpoints(folder)), unbroken())
 
 
-def test_only_corrupt_checkpoints_are_an_error(killed, tmp_path):
-    """Nothing is deleted."""
-    folder = tmp_path / "both"
-    for seed in range(5):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(killed, folder)
-        rng = np.random.default_rng(seed)
-        for step in (3, 4):
-            name = f"step-{step:09d}"
-            files = [folder / f"{name}.json", *folder.glob(f"{name}/**/*")]
-            files = [file for file in files if file.is_file() and file.stat().st_size]
-            file = files[rng.integers(len(files))]
-            file.write_bytes(file.read_bytes()[:-3])
-        before = sorted(folder.rglob("*"))
-        with pytest.raises(ValueError, match="folder"):
-            run(checkpoints=hg.Checkpoints(folder))
-        assert sorted(folder.rglob("*")) == before
-
-
 def test_files_of_others_are_never_deleted(tmp_path):
     """Also if their names resemble those of checkpoints."""
     names = ("step-notes", "step-1", "step-000000001-old")
@@ -620,22 +519,6 @@ def test_files_of_others_are_never_deleted(tmp_path):
     assert interrupted.exists()  # a refused call deletes nothing at all
     run(checkpoints=hg.Checkpoints(tmp_path), num_steps=7)
     assert not interrupted.exists()
-
-
-@pytest.mark.parametrize("name", ["step-000000004", "step-000000009"])
-def test_a_folder_with_the_name_of_a_checkpoint_is_kept(tmp_path, name):
-    """A run that would have to write there warns and continues without it."""
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "file").write_text("mine")
-    (tmp_path / "step-000000008.orbax-checkpoint-tmp").mkdir()
-    before = modification_times(tmp_path)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_same_bits(run(checkpoints=hg.Checkpoints(tmp_path)), unbroken())
-    assert bool(caught) == (name == "step-000000004")
-    assert all(name in str(warning.message) for warning in caught)
-    after = modification_times(tmp_path)
-    assert {path: after[path] for path in before} == before
 
 
 def test_a_corrupt_checkpoint_is_renamed_where_it_is_written_again(killed, tmp_path):
@@ -770,13 +653,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         print("locked", flush=True)
         time.sleep(600)
     """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
-        stdout=subprocess.PIPE,
-    )
+    holder = start_python(script, tmp_path, stdout=subprocess.PIPE)
     checkpoints = hg.Checkpoints(tmp_path)
     try:
-        assert holder.stdout.readline() == b"locked\n"
+        assert holder.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process"):
             run(checkpoints=checkpoints)
     finally:
@@ -839,12 +719,10 @@ def test_a_read_only_folder_is_read(killed, tmp_path, monkeypatch):
 def test_a_failed_write_issues_a_warning_and_loses_nothing(tmp_path, monkeypatch):
     """The run continues, and resumes from the last checkpoint that was written."""
 
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def fill_disk(num_made, value):
         if num_made == 2:
-            monkeypatch.setattr(checkpoint.atomic_io, "fsync_tree", fail)
+            name = "fsync_tree"
+            monkeypatch.setattr(checkpoint.atomic_io, name, raise_disk_is_full)
 
     checkpoints = hg.Checkpoints(tmp_path)
     with pytest.warns(UserWarning, match="could not be written.*of step 2") as caught:
@@ -903,7 +781,7 @@ def test_a_full_disk_loses_nothing_and_is_reported_once(tmp_path):
 
     Orbax, whose threads print many lines about a full disk, is not called.
     """
-    assert run_script(FULL_DISK, str(tmp_path)) == ""
+    assert run_python(FULL_DISK, tmp_path).stderr == ""
 
 
 # Limits of time and memory.

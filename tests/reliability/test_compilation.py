@@ -3,12 +3,8 @@
 import dataclasses
 import functools
 import logging
-import os
 import re
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import chex
 import jax
@@ -28,6 +24,7 @@ from benchmarks.shared.reference_problems import (
 )
 from tests.loops import run_loop
 from tests.parameters import slow_except
+from tests.processes import run_python
 
 hypergradient_module = sys.modules["hypergrad.hypergradient"]
 SGD = optax.sgd(0.3)
@@ -276,21 +273,12 @@ def test_a_second_process_takes_its_programs_from_the_persistent_cache(tmp_path)
         hg.minimize(problem, estimator, optax.adam(0.1), w, alpha, num_steps=3)
         print(len(misses))
     """
-    environment = os.environ | {
+    environment = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    counts = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(script)],
-                capture_output=True, text=True, check=True, env=environment,
-                cwd=Path(__file__).parents[2],
-            ).stdout
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    counts = [int(run_python(script, env=environment).stdout) for _ in range(2)]
     assert counts[0] > 2
     assert counts[1] == 0
 
@@ -480,7 +468,7 @@ MILLION = 1_000_000
 
 
 def temporary_bytes(f, *args) -> int:
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return hg.cost.memory(f, *args).temporaries
 
 
 def wide_inner(w, alpha, batch):
@@ -631,8 +619,4 @@ def test_ten_thousand_steps_of_a_network_run_in_a_gibibyte():
         peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
         assert int(peak[1]) < 2**20, peak
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_python(script)

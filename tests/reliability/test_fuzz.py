@@ -105,10 +105,13 @@ INVALID: dict[str, dict[str, Any]] = {
         "text": "w", "none": None, "empty": {}, "object": object(), "function": abs,
         "text in a tree": {"a": "b"}, "array of text": np.array("a"), "class": dict,
         "dates": np.array(["2026-01-01"], "M8[D]"), "objects": np.array([None]),
+        "above 64 bits": {"a": [2**64]}, "below 64 bits": {"a": [-(2**63) - 1]},
     },
     "model's metrics": {
         "list": [1.0], "number": 1.0, "text in it": {"a": "b"}, "array in it":
         {"a": np.ones(2)}, "none in it": {"a": None}, "name that is a number": {1: 1.0},
+        "number as text": {"a": "0.5"}, "bytes in it": {"a": b"0.5"},
+        "list in it": {"a": [0.5]},
     },
     "json": {
         "list": [1], "text": "seed", "number": 1, "zero": 0, "NaN in it": {"a": np.nan},

@@ -1,11 +1,7 @@
 """Processes killed at random moments: a resumed run equals an unbroken run."""
 
 import json
-import os
-import pty
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,8 +10,7 @@ import pytest
 
 from hypergrad.bench.rows import read_rows
 from tests.bench.toy_table import write_table
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_in_terminal, run_python
 
 # One process imports the slow modules without starting a device, which would not
 # survive a fork. Each child runs the program and is killed, unless it ends first.
@@ -124,12 +119,7 @@ def kill_repeatedly(
     """Kills processes of a program and returns the number of runs that they made."""
     script = textwrap.dedent(program) + textwrap.dedent(SUPERVISOR)
     script = script.replace("MAX_DELAY", repr(max_delay))
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(num_kills)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(run_python(script, folder, num_kills).stdout)
 
 
 @pytest.mark.timeout(3000)
@@ -183,30 +173,10 @@ PROGRESS_BAR = """
 """
 
 
-def read_terminal(descriptor: int) -> str:
-    """Returns what was written to a terminal until its other end was closed."""
-    content = b""
-    while True:
-        try:
-            new_bytes = os.read(descriptor, 4096)
-        except OSError:  # EIO on Linux
-            new_bytes = b""
-        if not new_bytes:
-            return content.decode()
-        content += new_bytes
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 def test_a_killed_command_leaves_the_cursor_visible(name: str):
     number = signal.Signals[name]
-    own_end, other_end = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRESS_BAR), str(int(number))],
-        stderr=other_end, cwd=ROOT, env=os.environ | {"TERM": "xterm"},
-    )  # fmt: skip
-    os.close(other_end)
-    text = read_terminal(own_end)
-    os.close(own_end)
-    assert process.wait() == -number
+    text, status = run_in_terminal(PROGRESS_BAR, int(number))
+    assert status == -number
     assert "━" in text  # the bar
     assert text.rfind("\x1b[?25l") <= text.rfind("\x1b[?25h")  # hidden, shown

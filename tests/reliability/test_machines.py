@@ -5,9 +5,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
-import textwrap
 import types
 
 import chex
@@ -22,6 +19,7 @@ from hypergrad import spaces
 from hypergrad.runtime import executors, machine
 from hypergrad.runtime.machine import describe_machine, parse_processors
 from tests.loops import TO_ONE
+from tests.processes import run_python
 from tests.search.populations import search as search_population
 from tests.search.problems import record, search
 
@@ -204,11 +202,7 @@ CORES = """
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_cores_are_those_that_the_process_may_use():
     """The system may let it use one alone."""
-    output = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CORES)],
-        capture_output=True, check=True, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    ).stdout  # fmt: skip
+    output = run_python(CORES, env={"JAX_PLATFORMS": "cpu"}).stdout
     assert json.loads(output)["cores"] == "1"
 
 

@@ -262,31 +262,6 @@ def test_the_halves_of_the_last_steps_have_derivatives_of_their_own(length):
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-14)
 
 
-def test_the_reverse_pass_sees_the_batches_of_the_forward_pass():
-    """Central differences of the same run, with momentum and a rate made of alpha."""
-    data = hg.Batches(jnp.asarray(RNG.normal(size=(9, DIM))), batch_size=2)
-    solver = hg.Descent(lambda a: optax.sgd(0.3 + 0.1 * jnp.sin(a[0]), 0.5), 10)
-    loss = lambda w, alpha, batch: jnp.mean(jnp.cosh(batch @ w - alpha[1]))
-
-    @jax.jit
-    @jax.value_and_grad
-    def final(alpha):
-        w, _ = run_inner_steps(
-            solver, loss, jnp.zeros(DIM), alpha, data, KEY, checkpoint=True
-        )
-        return jnp.sum(w**2)
-
-    alpha, step = jnp.array([0.4, 0.3]), 1e-5
-    value, grad = final(alpha)
-    difference = lambda i: (
-        final(alpha.at[i].add(step))[0] - final(alpha.at[i].add(-step))[0]
-    )
-    expected = [difference(i) / (2 * step) for i in range(2)]
-    np.testing.assert_allclose(grad, expected, rtol=1e-7)
-    w, _ = solve(solver, loss, jnp.zeros(DIM), alpha, data)
-    np.testing.assert_allclose(value, jnp.sum(w**2), rtol=1e-12)
-
-
 # Schedules and formulas.
 
 

@@ -132,6 +132,7 @@ def test_float32_is_solved_at_any_scale(name, size):
         v, stats = solve(solver, to_float32(SPD), b, to_float32(y0))
         assert v.dtype == jnp.float32
         assert relative_error(v / to_float32(size), np.linalg.solve(SPD, B)) < 2e-4
+        assert stats["is_solved"]
         assert not stats["negative_curvature"]
 
 

@@ -39,6 +39,8 @@ ESTIMATORS = {
     "Penalty": hg.Penalty(SOLVER, 1e3),
     "Evolution": hg.Evolution(SOLVER, 0.01, 64),
     "certified": hg.Implicit(SOLVER, hg.Neumann(200), certify=True),
+    "tolerance": hg.Implicit(SOLVER, rtol=1e-4),
+    "Average": hg.Average(hg.Implicit(SOLVER), 2),
 }
 
 
