@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, ratio_interval, select
+from hypergrad.bench.report import markdown_table
 from hypergrad.bench.statistics import holm_levels, p_value
 
 from .shared import plots
@@ -137,19 +138,18 @@ def body(rows: list[Row]) -> list[str]:
         f"CPU-seconds of the first call, medians over {len(rows) // len(ESTIMATORS)} "
         "repetitions, each in a fresh process.",
         "",
-        f"| program | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
     ]
+    cells = []
     for program in ESTIMATORS:
         program_rows = select(rows, method=program)
-        cells = [
+        medians = [
             f"{np.median([row[name] for row in program_rows]):.2f}"
             if name in variants_of(program)
             else "-"
             for name in names
         ]
-        lines.append(f"| {program} | {' | '.join(cells)} |")
-    return lines
+        cells.append([program, *medians])
+    return lines + markdown_table(["program", *names], cells)
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -39,6 +39,7 @@ import optax
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Finding, MeasurementTable, Row, select
+from hypergrad.bench.report import markdown_table
 
 from .shared import plots
 from .shared.benchmark_bilevel import (
@@ -191,9 +192,8 @@ def body(rows: list[Row]) -> list[str]:
         "Microseconds per step, medians of nine turns, means over the repeats; in "
         "brackets those of benchmark_bilevel in the same turns, and the ratio.",
         "",
-        "| method | " + " | ".join(PROBLEMS) + " |",
-        "|---|" + "---|" * len(PROBLEMS),
     ]
+    cells = []
     for method in METHODS:
         entries = []
         for problem in PROBLEMS:
@@ -205,8 +205,8 @@ def body(rows: list[Row]) -> list[str]:
             if "ratio" in group[0]:
                 entry += f" ({mean('peer', group):.1f}) {mean('ratio', group):.2f}"
             entries.append(entry)
-        lines.append(f"| {method} | " + " | ".join(entries) + " |")
-    return lines
+        cells.append([method, *entries])
+    return lines + markdown_table(["method", *PROBLEMS], cells)
 
 
 def plot(rows: list[Row], path: Path) -> None:

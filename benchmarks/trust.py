@@ -58,19 +58,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import matplotlib.pyplot as plt
 import optax
 from scipy import stats
 
 import hypergrad as hg
 from hypergrad.bench import Cell, Check, Finding, MeasurementTable, Row, select
+from hypergrad.bench.report import markdown_table
 from hypergrad.runtime import compat
 from hypergrad.testing import TrustCounts, UnitCounts, trust_counts, unit_counts
 from hypergrad.testing.trust_problems import FAMILIES
 
+from .shared.plots import make_panels
+
 NUM_PROBLEMS = 100
 DTYPES = "float64", "float32"
 HELD_BACK = "wide logistic", "wide ridge"
+HEADINGS = (
+    *("method", "problems", "families", "known answers", "false of trusted"),
+    *("accurate and trusted", "sharp", "changed by units"),
+)
 MAX_CHANGED = 0.05
 NO_STEPS = hg.Descent(optax.sgd(0.0), 0)
 METHODS = {
@@ -138,44 +144,42 @@ def exact_interval(part: int, whole: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def describe(counts: TrustCounts, units: UnitCounts) -> str:
+def describe(counts: TrustCounts, units: UnitCounts) -> list[str]:
     """Returns the columns of a line of the table."""
-    return (
-        f"{counts.num_problems} | {counts.num_false} of {counts.num_trusted} | "
-        f"{share(counts.num_recalled, counts.num_accurate):.3f} | "
-        f"{share(counts.num_sharp, counts.num_measurable):.2f} | "
-        f"{units.num_changed} of {units.num_problems}"
-    )
+    return [
+        f"{counts.num_problems}",
+        f"{counts.num_false} of {counts.num_trusted}",
+        f"{share(counts.num_recalled, counts.num_accurate):.3f}",
+        f"{share(counts.num_sharp, counts.num_measurable):.2f}",
+        f"{units.num_changed} of {units.num_problems}",
+    ]
 
 
 def body(rows: list[Row]) -> list[str]:
     """Returns a line per method and set of families, and one per family."""
-    lines = [
-        "| method | problems | families | known answers | false of trusted | "
-        "accurate and trusted | sharp | changed by units |",
-        "|---" * 8 + "|",
-    ]
-    for method in METHODS:
-        for dtype in DTYPES:
-            method_rows = select(rows, method=method, dtype=dtype)
-            held_back = [row for row in method_rows if row["family"] in HELD_BACK]
-            for name, part in (("all", method_rows), ("held back", held_back)):
-                columns = describe(total(part), total_units(part))
-                lines.append(f"| {method} | {dtype} | {name} | {columns} |")
     columns = [(method, dtype) for method in METHODS for dtype in DTYPES]
-    names = [f"{method}, {dtype}" for method, dtype in columns]
+    cells = []
+    for method, dtype in columns:
+        method_rows = select(rows, method=method, dtype=dtype)
+        held_back = [row for row in method_rows if row["family"] in HELD_BACK]
+        for name, part in (("all", method_rows), ("held back", held_back)):
+            cells.append(
+                [method, dtype, name, *describe(total(part), total_units(part))]
+            )
+    lines = markdown_table(HEADINGS, cells)
+    headings = ["family", *(f"{method}, {dtype}" for method, dtype in columns)]
     for title, text in (
         ("False of trusted", lambda c: f"{c.num_false} of {c.num_trusted}"),
         ("Trusted of accurate", lambda c: f"{c.num_recalled} of {c.num_accurate}"),
     ):
-        lines += ["", f"{title}, by family:", "", f"| family | {' | '.join(names)} |"]
-        lines.append("|---" * (1 + len(names)) + "|")
-        for family in FAMILIES:
-            counts = [
-                total(rows, method=method, dtype=dtype, family=family)
+        cells = [
+            [family, *(
+                text(total(rows, method=method, dtype=dtype, family=family))
                 for method, dtype in columns
-            ]
-            lines.append(f"| {family} | {' | '.join(map(text, counts))} |")
+            )]
+            for family in FAMILIES
+        ]  # fmt: skip
+        lines += ["", f"{title}, by family:", "", *markdown_table(headings, cells)]
     return lines
 
 
@@ -231,7 +235,7 @@ def share_claim(
 
 def plot(rows: list[Row], path: Path) -> None:
     """Plots how many estimates of each family are trusted, and of these are false."""
-    fig, axes = plt.subplots(1, len(METHODS), figsize=(9, 3.5), sharey=True)
+    figure, axes = make_panels(1, len(METHODS), (9, 3.5), sharey=True)
     for ax, method in zip(axes, METHODS, strict=True):
         counts = [total(rows, method=method, family=family) for family in FAMILIES]
         ax.barh(list(FAMILIES), [c.num_problems for c in counts], color="0.9")
@@ -239,9 +243,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ax.barh(list(FAMILIES), [c.num_false for c in counts], color="C3")
         ax.set_title(method)
         ax.set_xlabel("problems: all, trusted, false")
-    fig.tight_layout()
-    fig.savefig(path)
-    plt.close(fig)
+    figure.savefig(path)
 
 
 table = MeasurementTable(
