@@ -78,6 +78,8 @@ from hypergrad.tasks import federated
 from hypergrad.tasks.federated import SCALES, FedAvg, LocalImplicit
 
 from .shared import task_plots as plots
+from .shared.row_columns import column
+from .shared.task_runs import search_task
 from .shared.tuning import DIGITS, digits
 
 BUDGET = 3000
@@ -146,10 +148,8 @@ def gradient_method(name, **options):
 
 def random_search(task, *, budget, key, width):
     """Samples ``alpha`` around its neutral value until the budget is spent."""
-    return hg.search(
-        task.problem, LONG_SOLVER, hg.searchers.Random(), task.w,
-        space=narrow_space(width), budget=budget, key=key,
-    )  # fmt: skip
+    space = narrow_space(width)
+    return search_task(task, budget, key, solver=LONG_SOLVER, space=space)
 
 
 def weights_by_hand(task, *, budget, key, power):
@@ -222,18 +222,12 @@ def narrow_space(width: float) -> dict[str, spaces.Interval]:
 
 def compare_gains(rows: list[Row]) -> list[Finding]:
     """Compares the gain of global hypergradients on different and on equal clients."""
-    accuracies = [
-        [
-            row["accuracy"]
-            for row in sorted(rows, key=lambda row: row["seed"])
-            if row["method"] == method
-        ]
-        for method in ("global", "local", f"global{IID}", f"local{IID}")
-    ]
+    methods = "global", "local", f"global{IID}", f"local{IID}"
+    accuracies = [column(rows, "accuracy", method=method) for method in methods]
     num_seeds = {len(values) for values in accuracies}
     if len(num_seeds) > 1 or 0 in num_seeds:
         return []
-    global_, local, global_iid, local_iid = map(np.array, accuracies)
+    global_, local, global_iid, local_iid = accuracies
     gain = difference_interval(global_ - local, global_iid - local_iid)
     size = "no different"
     if gain.low > 0:

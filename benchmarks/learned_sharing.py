@@ -52,7 +52,6 @@ than tied networks, and tied a lower one than separate.
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -97,6 +96,7 @@ from .shared.sharing_networks import (
     to_device,
     train,
 )
+from .shared.tuning import cells_with_seeds
 
 NUM_OUTER_STEPS, OUTER_RATE = 20, 0.2
 SPLIT, OUTER_SPLIT = (12, 3), (10, 2)
@@ -366,20 +366,11 @@ ROWS = dict.fromkeys(JUDGED, 1) | {
 }
 
 
-def make_cells(max_seeds: dict[str, int]) -> Callable[[str, int], list[Cell]]:
-    """Returns the function that lists the cells of rows."""
-    return lambda scale, seeds: [
-        {"method": method, "seed": seed}
-        for method, num_seeds in max_seeds.items()
-        for seed in range(min(seeds, num_seeds))
-    ]
-
-
-SEARCH_CELLS = make_cells({"learned sharing": NUM_SEEDS, "random search": 3})
-PENALTY_CELLS = make_cells(dict.fromkeys(PENALTIES, NUM_SEEDS))
+SEARCH_CELLS = cells_with_seeds({"learned sharing": NUM_SEEDS, "random search": 3})
+PENALTY_CELLS = cells_with_seeds(dict.fromkeys(PENALTIES, NUM_SEEDS))
 
 table = MeasurementTable(
-    cells=make_cells(ROWS),
+    cells=cells_with_seeds(ROWS),
     measure_cell=measure,
     earlier_stages=(
         Stage("search", SEARCH_CELLS, measure_search),

@@ -124,7 +124,7 @@ def one_weight(task, *, budget, key, weight):
 def validation_labels(task, *, budget, key):
     """Trains on the labelled and the validation examples, without pseudo-labels."""
     del budget
-    val, num_labelled = task.splits["val"], len(task.splits["labeled"]["y"])
+    val, num_labelled = task.splits["val"], len(task.problem.inner_data["labeled"]["y"])
     examples = {"x": val["x"], "y": val["y"]}
     data = task.problem.inner_data | {"unlabeled": examples}
     w = train(task.w, val["use"] * len(val["y"]) / num_labelled, data, key)
@@ -204,7 +204,7 @@ table = Table(
         "labels of validation": validation_labels,
         "random search": baselines.random_search,
         **HYPERGRADIENTS,
-        "oracle": true_labels,
+        "oracle": with_options(true_labels, splits=("unlabeled",)),
     },
     budget=BUDGET,
     metrics=("test_accuracy",),

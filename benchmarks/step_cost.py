@@ -49,6 +49,7 @@ from .shared.benchmark_bilevel import (
     variables_of,
 )
 from .shared.step_problems import PROBLEMS, StepProblem
+from .shared.tuning import grid_cells
 
 BATCH, NUM_INNER = 64, 10
 BLOCK, RECORD_EVERY = 2048, 256
@@ -99,17 +100,6 @@ def peer_run(
         return variables_of(carry)["outer_var"]
 
     return run
-
-
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns a cell per problem, method and repeat."""
-    del scale
-    return [
-        {"problem": problem, "method": method, "seed": seed}
-        for problem in PROBLEMS
-        for method in METHODS
-        for seed in range(seeds)
-    ]
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
@@ -226,7 +216,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 table = MeasurementTable(
-    cells=cells,
+    cells=grid_cells(problem=PROBLEMS, method=METHODS),
     measure_cell=measure,
     findings=findings,
     body=body,

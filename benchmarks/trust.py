@@ -69,6 +69,7 @@ from hypergrad.testing import TrustCounts, UnitCounts, trust_counts, unit_counts
 from hypergrad.testing.trust_problems import FAMILIES
 
 from .shared.plots import make_panels
+from .shared.tuning import grid_cells
 
 NUM_PROBLEMS = 100
 DTYPES = "float64", "float32"
@@ -83,18 +84,6 @@ METHODS = {
     "default": hg.Implicit(NO_STEPS),
     "certificate": hg.Implicit(NO_STEPS, certify=True),
 }
-
-
-def cells(scale: str, seeds: int) -> list[Cell]:
-    """Returns a cell per method, family and precision; the seed draws its problems."""
-    del scale
-    return [
-        {"method": method, "family": family, "dtype": dtype, "seed": seed}
-        for method in METHODS
-        for dtype in DTYPES
-        for family in FAMILIES
-        for seed in range(seeds)
-    ]
 
 
 def measure(cell: Cell, rows: list[Row]) -> Row:
@@ -247,7 +236,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 table = MeasurementTable(
-    cells=cells,
+    # The seed draws the problems.
+    cells=grid_cells(method=METHODS, dtype=DTYPES, family=FAMILIES),
     measure_cell=measure,
     checks=(
         Check("default: few trusted are false", has_few_false("default", 6e-3)),

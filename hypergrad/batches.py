@@ -1,6 +1,5 @@
 """Data sets, and the batches of them that losses are evaluated on."""
 
-import dataclasses
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -138,14 +137,11 @@ class Batches(eqx.Module):
             ``jax.random.key(0)``. The data of an estimate (`with_full_batch_key`) has
             the key of the estimate, whatever key is given here.
         """
-        if self.full_batch_key is not None:
-            key = self.full_batch_key
-        return self._all_examples(jax.random.key(0) if key is None else key)
-
-    def _all_examples(self, key: Array) -> PyTree:
-        """Returns all examples, with this key if ``with_key``."""
         if not self.with_key:
             return self._with_shared(self.data)
+        if self.full_batch_key is not None:
+            key = self.full_batch_key
+        key = jax.random.key(0) if key is None else key
         return key if self.data is None else (self._with_shared(self.data), key)
 
     @property
@@ -206,8 +202,10 @@ class Batches(eqx.Module):
         Data at a draw of shuffled passes (`at_draw`) returns the batch of this draw,
         whatever the key; that of ``with_key`` comes from ``key``.
         """
-        if self.batch_size is None:
-            return self._all_examples(key)
+        if self.batch_size is None:  # a fresh key, also in the data of an estimate
+            is_none = lambda x: x is None
+            data = eqx.tree_at(lambda d: d.full_batch_key, self, None, is_leaf=is_none)
+            return data.full_batch(key)
         index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
         if self.has_blocks:
             batch = self.take_block(self.draw_block(index_key))
@@ -331,6 +329,23 @@ def with_full_batch_key(data: Data, key: Array) -> Data:
     return eqx.tree_at(lambda d: d.full_batch_key, data, key, is_leaf=is_none)
 
 
+def _with_batch_size(data: Batches, batch_size: int | None) -> Batches:
+    """Returns the data with another batch size, outside of any run and estimate.
+
+    The constructor of a subclass is not called again, because it may change the data.
+    """
+    fields = Batches(
+        data.data,
+        batch_size,
+        with_key=data.with_key,
+        order=data.order,
+        shared=data.shared,
+    )
+    batches = object.__new__(type(data))
+    vars(batches).update(vars(data) | vars(fields))
+    return batches
+
+
 def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree:
     """Returns the batch used throughout one estimate; all examples if size is None."""
     if batch_size is None:
@@ -345,7 +360,7 @@ def sample_fixed_batch(data: Data, batch_size: int | None, key: Array) -> PyTree
             f"a batch size of {batch_size} needs examples, and these batches are a key "
             "alone. Leave the batch size out."
         )
-    batches = dataclasses.replace(data, batch_size=batch_size)  # without a position
+    batches = _with_batch_size(data, batch_size)
     if data.full_batch_key is None:
         return batches.sample(key)
     # The loss may split the key of the estimate, as `Batches.sample` does.
@@ -357,7 +372,7 @@ def without_sampling(data: Data) -> Data:
     """Returns the data with ``batch_size=None``: every batch is the full data set."""
     if not isinstance(data, Batches):
         return data
-    return dataclasses.replace(data, batch_size=None)
+    return _with_batch_size(data, None)
 
 
 def is_sampled(data: Data) -> bool:

@@ -1,4 +1,4 @@
-"""Claims that a method needs fewer gradient-equivalents to reach a target."""
+"""Costs until a target: bounds, the cheapest method, and claims of a saving."""
 
 import math
 from collections.abc import Mapping

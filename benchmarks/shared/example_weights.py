@@ -12,7 +12,11 @@ from hypergrad.tasks.task import Task
 
 
 def trainers(loss: Callable[..., Array]) -> tuple[Callable, Callable]:
-    """Returns ``train`` and ``retrain`` of a table with weights of a training loss."""
+    """Returns two functions of a table with weights of a training loss.
+
+    ``train(w, alpha, data, key)`` returns the minimum with the weights ``alpha``, and
+    ``retrain`` of a `Table` does so from the start of a task.
+    """
 
     @jax.jit
     def train(w: PyTree, alpha: PyTree, data: PyTree, key: Array) -> PyTree:

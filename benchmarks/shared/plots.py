@@ -45,8 +45,8 @@ def add_legend_outside(figure: Any, axes: Iterable[Any], **options: Any) -> None
     handles = {}
     for axis in axes:
         handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-    options["loc"] = "outside right center"
-    figure.legend(handles.values(), handles.keys(), **options)
+    loc = "outside right center"
+    figure.legend(handles.values(), handles.keys(), loc=loc, **options)
 
 
 def plain_ticks(axis) -> None:
@@ -256,5 +256,5 @@ def growth(
         add_grid(panel)
     for panel, name in zip(axes[-1], grows, strict=True):
         panel.set_xlabel(name)
-    add_legend_outside(figure, axes[:1, 0], frameon=False)
+    add_legend_outside(figure, axes.flat, frameon=False)
     figure.savefig(path, dpi=120)

@@ -24,7 +24,7 @@ class Program:
         self.compile_seconds = self.run_seconds = 0.0
 
     def timed(self, *args: Any) -> tuple[Any, float]:
-        """Returns the result and the seconds of this call alone."""
+        """Returns the result and the seconds of this call, not of its compilation."""
         prev_seconds = self.run_seconds
         result = self(*args)
         return result, self.run_seconds - prev_seconds
@@ -57,7 +57,7 @@ def program(function: Callable, *args: Any) -> Program:
 
 
 def timed(function: Callable, *args: Any) -> tuple[Any, float]:
-    """Returns the result of a function and the seconds until it is computed."""
+    """Returns the result of a function, and its seconds with any compilation."""
     start_time = time.perf_counter()
     result = jax.block_until_ready(function(*args))
     return result, time.perf_counter() - start_time

@@ -16,8 +16,15 @@ def rows_by_seed(rows: Iterable[Row], **fields: Any) -> list[Row]:
 
 
 def column(rows: Iterable[Row], name: str, **fields: Any) -> np.ndarray:
-    """Returns a column of `rows_by_seed`; NaN where a row has no number."""
-    return np.array([row.get(name) for row in rows_by_seed(rows, **fields)], float)
+    """Returns a column of `rows_by_seed`; NaN where a row has no number.
+
+    Raises:
+      KeyError: There are rows, and none of them has the field.
+    """
+    selected = rows_by_seed(rows, **fields)
+    if selected and not any(name in row for row in selected):
+        raise KeyError(name)
+    return np.array([row.get(name) for row in selected], float)
 
 
 def mean_text(rows: Sequence[Row], name: str, form: str, scale: float = 1.0) -> str:

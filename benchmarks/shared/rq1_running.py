@@ -373,7 +373,11 @@ def tune(task: str, method: str) -> Row:
         lambda row: score(row, budget),
         cost=cost_or_bound,
     )
-    return {name: getattr(choice, name) for name in ("setting", "score", "tuning_cost")}
+    return {
+        "setting": choice.setting,
+        "score": choice.score,
+        "tuning_cost": choice.tuning_cost,
+    }
 
 
 # Operations.

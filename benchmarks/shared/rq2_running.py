@@ -390,4 +390,8 @@ def tune(task: str, name: str) -> Row:
         lambda row: score(row, metric),
         higher_is_better=True,
     )
-    return {name: getattr(choice, name) for name in ("setting", "score", "tuning_cost")}
+    return {
+        "setting": choice.setting,
+        "score": choice.score,
+        "tuning_cost": choice.tuning_cost,
+    }

@@ -12,6 +12,7 @@ import numpy as np
 
 from .method_colors import COLORS, colors_of
 from .plots import make_panels
+from .row_columns import rows_by_seed
 
 Rows = list[dict[str, Any]]
 
@@ -91,10 +92,7 @@ def schedules(rows: Rows, path: Path) -> None:
     lengths = list(dict.fromkeys(row["method"].split(", ")[0] for row in rows))
     methods = list(dict.fromkeys(row["method"].split(", ")[1] for row in rows))
     rows_by_method = {
-        (length, method): sorted(
-            (row for row in rows if row["method"] == f"{length}, {method}"),
-            key=lambda row: row["seed"],
-        )
+        (length, method): rows_by_seed(rows, method=f"{length}, {method}")
         for length in lengths
         for method in methods
     }

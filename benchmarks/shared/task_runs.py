@@ -1,4 +1,4 @@
-"""Runs on a task, along hypergradients or by random search, and their estimator."""
+"""Runs on a task by hypergradients or random search, and `Implicit` by plain CG."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""The rule by which rows are tuned, and what many rows contain."""
+"""Two rules by which settings are chosen, and the cells and columns of many tables."""
 
 import functools
 import itertools
@@ -95,6 +95,8 @@ def choose_on_seeds(
 ) -> TuningResult:
     """Returns the setting with the best mean score on `TUNING_SEEDS`.
 
+    All reported seeds have the same setting, unlike in `tune_and_run`.
+
     Args:
       run: ``(setting, seed) -> row``.
       settings: Settings to try.
@@ -110,7 +112,7 @@ def choose_on_seeds(
 
 
 def tune_and_run(run: Callable[[Any, bool], Row], settings: Sequence[Any]) -> Row:
-    """Returns the row of the best setting; every row of a table is tuned by this rule.
+    """Returns the row of the setting that is best on held-out data of its own seed.
 
     Args:
       run: ``(setting, hold_out) -> row``. With ``hold_out`` a part of the validation

@@ -73,8 +73,8 @@ def with_options(method: Method, **options: Any) -> Method:
 
     Args:
       method: The method; it keeps its own attributes.
-      options: ``grid``, ``keeps_w``, ``budget_factor`` and ``task_settings``; see
-        `hypergrad.bench.Table`.
+      options: ``grid``, ``keeps_w``, ``budget_factor``, ``splits`` and
+        ``task_settings``; see `hypergrad.bench.Table`.
     """
     copy = functools.partial(method)
     vars(copy).update(vars(method) | options)

@@ -37,8 +37,7 @@ from .tuning import choose_setting, tuning_fields
 
 Plot = Callable[[list[Row], Path], None]
 Retrain = Callable[[Task, PyTree, Array], PyTree]
-#: The splits that a method gets; the others are to measure it.
-METHOD_SPLITS = ("train", "val", "labeled", "unlabeled")
+METHOD_SPLITS = ("train", "val")  # that every method gets
 
 
 @dataclass(frozen=True)
@@ -243,8 +242,9 @@ class Table(BaseTable):
       methods: ``{label: method}``; a method is a function
         ``(task, *, budget, key, **settings) -> Trace``. Optional attributes of it are
         ``grid = {setting: values}``; ``keeps_w``, see ``retrain``; ``budget_factor``, a
-        multiple of the budget for this method; and ``task_settings = {argument of task:
-        value}`` for a row on another variant of the task.
+        multiple of the budget for this method; ``splits``, names of splits of the task
+        that it gets besides "train" and "val", as an oracle does; and ``task_settings =
+        {argument of task: value}`` for a row on another variant of the task.
       metrics: Names of the task's metrics that are measured at the end of a run.
       budget: Gradient-equivalents of one run, or ``{scale: budget}``.
       task_grid: ``{argument of task: values}``, settings of the task that are tuned
@@ -361,7 +361,7 @@ class Table(BaseTable):
         task = self.make_task(key, scale, method, settings, hold_out=is_tuning)
         result = run_method(
             method,
-            without_test_data(task),
+            without_test_data(task, getattr(method, "splits", ())),
             budget=self.budget_of(scale) * factor,
             key=self.method_key(key),
             settings={k: x for k, x in settings.items() if k not in self.task_grid},
@@ -411,9 +411,10 @@ class Table(BaseTable):
         return self.task(key, scale, **options)
 
 
-def without_test_data(task: Task) -> Task:
-    """Returns what a method gets of a task: no metrics, and only `METHOD_SPLITS`."""
+def without_test_data(task: Task, further_splits: Sequence[str] = ()) -> Task:
+    """Returns the task without metrics, with `METHOD_SPLITS` and further splits."""
     splits = task.splits
     if isinstance(splits, dict):
-        splits = {name: splits[name] for name in METHOD_SPLITS if name in splits}
+        names = (*METHOD_SPLITS, *further_splits)
+        splits = {name: splits[name] for name in names if name in splits}
     return dataclasses.replace(task, metrics={}, splits=splits)

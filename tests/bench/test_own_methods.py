@@ -107,6 +107,8 @@ def test_a_method_gets_training_and_validation_examples_only():
     given = without_test_data(task)
     assert given.splits.keys() == {"train", "val"}
     assert not given.metrics
+    given = without_test_data(task, ("upright",))
+    assert given.splits.keys() == {"train", "val", "upright"}
 
 
 def test_all_converted_tables_take_methods():

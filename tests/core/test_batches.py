@@ -47,10 +47,23 @@ def test_a_field_of_batches_can_be_replaced(batch_size):
 
 
 class DoubledBatches(hg.Batches):
-    """Batches whose examples are twice those of the data."""
+    """Batches of three times the given data, whose examples are twice these."""
+
+    def __init__(self, data, *args, **options):
+        super().__init__(3 * data, *args, **options)
 
     def take(self, indices):
         return jax.tree.map(lambda x: 2 * x, super().take(indices))
+
+    def full_batch(self, key=None):
+        return jax.tree.map(lambda x: 2 * x, super().full_batch(key))
+
+
+def test_a_full_batch_of_an_estimate_is_that_of_a_subclass():
+    data = DoubledBatches(np.ones(6))
+    data = EstimateData.sample(hg.Bilevel(inner_loss, outer_loss, data, data), KEY)
+    for batch in (data.inner_data.sample(KEY), data.inner_batch(), data.outer_batch()):
+        np.testing.assert_array_equal(batch, np.full(6, 6.0))
 
 
 @pytest.mark.parametrize("with_key", [False, True], ids=["plain", "keyed"])
@@ -64,7 +77,7 @@ def test_the_batches_of_an_estimate_are_those_of_a_subclass(with_key):
     )
     for batch, size in zip(batches, (2, 3, 3), strict=True):
         examples = batch[0] if with_key else batch
-        np.testing.assert_array_equal(examples, np.full(size, 2.0))
+        np.testing.assert_array_equal(examples, np.full(size, 6.0))
 
 
 class Tensor:

@@ -12,7 +12,6 @@ from flax import nnx
 
 import hypergrad as hg
 
-KEY = jax.random.key(0)
 DATA = {"x": np.arange(12.0).reshape(6, 2), "y": np.arange(6)}
 
 

@@ -139,6 +139,7 @@ def test_a_failed_write_names_the_newest_intact_checkpoint(tmp_path, monkeypatch
     (tmp_path / ARRAYS.format(4)).mkdir()
     with pytest.warns(UserWarning, match="the newest is of step 3"):
         save(tmp_path, 3, 4)
+    assert (tmp_path / ARRAYS.format(4)).is_dir()  # it was not made by a run
 
 
 def test_metadata_of_another_step_are_corrupt(tmp_path):
