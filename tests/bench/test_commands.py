@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -518,21 +517,6 @@ def test_the_figure_is_a_pdf(folder, tmp_path):
     assert (
         export.export(load_result(folder), "pdf", tmp_path).read_bytes()[:4] == b"%PDF"
     )
-
-
-def test_settings_are_those_of_each_method_and_seed(folder, tmp_path):
-    result = load_result(folder)
-    path = export.export(result, "settings", tmp_path)
-    record = json.loads(path.read_text())
-    assert record["table"] == "quadratic"
-    expected = {
-        row["seed"]: row["settings"]
-        for row in result.printed_rows
-        if row["method"] == "descent"
-    }
-    cells = record["settings"]
-    assert {cell["method"] for cell in cells} == {"descent"}
-    assert {cell["seed"]: cell["settings"] for cell in cells} == expected
 
 
 def test_splits_are_the_examples_of_each_seed_with_checksums(tmp_path):

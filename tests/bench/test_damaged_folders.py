@@ -148,6 +148,11 @@ def test_a_report_names_damaged_files_and_goes_on(results, good_rows, capsys):
     assert "quadratic failed" not in errors
     assert "<table>" in (results / "html" / "quadratic.html").read_text()
     assert index.count("FAILED") == len(damaged_names(good_rows))
+    line = lambda name: next(x for x in errors.splitlines() if f"{name} failed" in x)
+    assert "mixes runs" in line("mixed")
+    assert "several values of source" in line("mixed")
+    assert "rows of tuning only" in line("tuning_only")
+    assert "hypergrad run" in line("tuning_only")
 
 
 def test_an_export_names_damaged_files_and_goes_on(results, good_rows, capsys):
@@ -173,22 +178,6 @@ def test_a_comparison_names_damaged_files_and_goes_on(
 
 
 # Reports of the rows of one run.
-
-
-def test_a_report_does_not_mix_two_runs(results, good_rows, capsys):
-    _, _, errors = call(capsys, cli.write_report, results)
-    message = next(x for x in errors.splitlines() if x.startswith("hypergrad: mixed "))
-    assert "mixes runs" in message
-    assert "several values of source" in message
-
-
-def test_rows_of_tuning_alone_are_no_result_yet(results, capsys):
-    for command in (cli.write_report, lambda x: cli.export(x, "csv")):
-        _, _, errors = call(capsys, command, results)
-        line = next(x for x in errors.splitlines() if "tuning_only failed" in x)
-        assert "rows of tuning only" in line
-        assert "hypergrad run" in line
-    assert not (results / "export" / "tuning_only.csv").exists()
 
 
 def test_a_report_without_the_rows_of_a_figure_prints_the_others(tables, capsys):

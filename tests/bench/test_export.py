@@ -22,18 +22,21 @@ def test_settings_that_are_lists_are_columns_of_csv(tmp_path):
     assert (line["settings.rate"], line["settings.name"]) == ("1", "x")
 
 
-def test_cells_of_other_sizes_have_settings_of_their_own(tmp_path):
+def test_settings_are_those_of_each_cell_that_has_some(tmp_path):
     """`corruption` chooses a rate for each share of wrong labels."""
     table = empty_table(
         cells=lambda scale, seeds: [{"method": "a", "share": 0.5, "seed": 0}],
     )
     rows = [
-        {"method": "a", "share": share, "seed": 0, "settings": {"rate": 2 * share}}
-        for share in (0.5, 0.7)
+        {"method": "a", "share": share, "seed": seed, "settings": {"rate": rate}}
+        for share, seed, rate in ((0.5, 0, 1.0), (0.7, 0, 1.4), (0.7, 1, 2.0))
     ]
-    result = report.TableResult("toy", table, rows)
+    common = {"table": "toy", "scale": "small", "command": "run", "commit": "c"}
+    without = {"method": "b", "share": 0.5, "seed": 0, "settings": {}}
+    printed = [row | common | {"error": 0.1} for row in (*rows, without)]
+    result = report.TableResult("toy", table, printed)
     record = json.loads(export.export(result, "settings", tmp_path).read_text())
-    assert record["settings"] == rows
+    assert record == common | {"settings": rows}
 
 
 def test_characters_with_a_meaning_in_latex_are_escaped(tmp_path):

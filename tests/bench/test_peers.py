@@ -18,7 +18,6 @@ from benchmarks.peers.contenders import base, gauss_newton, ours, plain, referen
 from benchmarks.peers.work import WORKS
 from hypergrad.runtime.compat import enable_x64
 
-ROOT = Path(__file__).parents[2]
 JAX = ("plain", "ours", "defaults", *claims.JAX)
 IMPORTABLE = {"inner", "base", "gauss_newton", *JAX}
 

@@ -1,5 +1,6 @@
 """The losses, attacks and splits of the table `poisoning`."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,17 +95,9 @@ def penalty_step(problem, batches, eps):
     """Returns a step without moves of w, whose outer optimizer is gradient descent."""
     _, _, alpha, w = batches
     method = GradientPenalty(optax.sgd(0.0), optax.sgd(1e-3), 1, 3.0, 2.0, eps)
-    state = method.init(problem, w, alpha)
     nu = jax.random.normal(jax.random.key(1), w.shape, float)
-    memory = PenaltyMemory(
-        state.memory.alpha_opt_state,
-        nu,
-        state.memory.rho,
-        state.memory.lam,
-        state.memory.eps,
-        state.memory.rate,
-    )
-    state = type(state)(w, state.w_opt_state, memory=memory)
+    state = method.init(problem, w, alpha)
+    state = eqx.tree_at(lambda state: state.memory.nu, state, nu)
     sample = EstimateData.sample(problem, jax.random.key(0))
     step, state = method.step(problem, state, alpha, sample)
     return nu, step, state

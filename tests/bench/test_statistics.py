@@ -52,14 +52,4 @@ def test_holm_corrects_step_by_step():
     np.testing.assert_allclose(
         holm_levels([0.03, 0.001, 0.04]), [1 - 0.05 / 2, 1 - 0.05 / 3, 1 - 0.05 / 2]
     )
-
-
-def test_true_hypotheses_are_rarely_rejected():
-    """Of 400 tables about 20 reject one of three true hypotheses; 40 are 4.6 sd."""
-    generator, rejected = np.random.default_rng(0), 0
-    for _ in range(400):
-        values = generator.normal(size=(3, 8))
-        p_values = [p_value(each) for each in values]
-        levels = holm_levels(p_values)
-        rejected += any(p < 1 - q for p, q in zip(p_values, levels, strict=True))
-    assert rejected < 40
+    np.testing.assert_allclose(holm_levels([0.03, 0.02, 0.04]), 1 - 0.05 / 3)

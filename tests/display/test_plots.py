@@ -1,7 +1,6 @@
 """Figures: the numbers, the marked steps and the labels that they draw."""
 
 import dataclasses
-import subprocess
 import sys
 
 import jax
@@ -14,6 +13,7 @@ import hypergrad as hg
 from hypergrad.plots import MAX_CROSSES, MAX_LINES_PER_LEAF
 from hypergrad.runtime.compat import enable_x64
 from tests.loops import TO_ONE, ExactEstimator, run_loop
+from tests.processes import run_python
 
 TRUSTED = np.array([True, False, True, False, True, True])
 
@@ -24,6 +24,13 @@ def run(alpha=3.0, num_steps=6, **options) -> hg.Trace:
     return run_loop(
         TO_ONE, estimator, optax.sgd(0.1), jnp.zeros_like(alpha), alpha,
         num_steps=num_steps, **options,
+    )  # fmt: skip
+
+
+def random_search() -> hg.Trace:
+    return hg.search(
+        TO_ONE, hg.Newton(), hg.searchers.Random(), 0.0,
+        space=hg.spaces.Interval(0.0, 2.0), budget=20,
     )  # fmt: skip
 
 
@@ -110,24 +117,17 @@ def test_metrics_are_drawn_where_they_were_evaluated():
         assert np.array_equal(line[:, 1], trace.metrics[name][jnp.array([0, 2, 4, 5])])
 
 
-def test_each_of_few_entries_of_alpha_has_a_label_and_a_color():
-    trace = run(jnp.array([3.0, 2.0]), record_alphas=True)
-    lines = trace.plot().axes[-1].lines
-    assert [line.get_label() for line in lines] == ["alpha[0]", "alpha[1]"]
-    assert lines[0].get_color() != lines[1].get_color()
-    names = [
-        line.get_label()
-        for line in run(jnp.ones((2, 2)), record_alphas=True).plot().axes[-1].lines
-    ]
-    assert names == ["alpha[0, 0]", "alpha[0, 1]", "alpha[1, 0]", "alpha[1, 1]"]
-
-
 def test_alpha_is_drawn_entry_by_entry_or_as_a_range():
     trace = run(jnp.array([3.0, 2.0]), record_alphas=True)
     *_, axes = trace.plot().axes
     assert axes.get_ylabel() == "alpha"
     heights = np.stack([line.get_ydata() for line in axes.lines], axis=1)
     assert np.array_equal(heights, trace.alphas)
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+    assert [line.get_label() for line in axes.lines] == ["alpha[0]", "alpha[1]"]
+    lines = run(jnp.ones((2, 2)), record_alphas=True).plot().axes[-1].lines
+    names = ["alpha[0, 0]", "alpha[0, 1]", "alpha[1, 0]", "alpha[1, 1]"]
+    assert [line.get_label() for line in lines] == names
     alpha = jnp.linspace(0.0, 2.0, MAX_LINES_PER_LEAF + 1)
     trace = run(alpha, record_alphas=True)
     *_, axes = trace.plot().axes
@@ -160,10 +160,7 @@ def test_a_batch_of_runs_needs_an_index():
 
 
 def test_the_trials_of_a_search_are_points_above_the_best_so_far():
-    trace = hg.search(
-        TO_ONE, hg.Newton(), hg.searchers.Random(), 0.0,
-        space=hg.spaces.Interval(0.0, 2.0), budget=20,
-    )  # fmt: skip
+    trace = random_search()
     axes = trace.plot().axes[0]
     assert axes.get_xlabel() == "outer trial"
     trials, lowest, best = (
@@ -232,14 +229,14 @@ def test_a_hypergradient_is_a_heat_map_per_leaf():
 
 def test_figures_do_not_touch_pyplot_and_are_images_in_a_notebook():
     """The process is a fresh one, because other tests may import pyplot."""
-    code = """if True:
+    code = """
         import sys, hypergrad as hg
         assert "matplotlib" not in sys.modules
         figure = hg.plots.plot_front([[1.0, 2.0], [2.0, 1.0]])
         assert figure._repr_png_().startswith(b"\\x89PNG")
         assert "matplotlib.pyplot" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch):
@@ -264,10 +261,7 @@ def test_a_front_tells_points_apart_that_are_equal_in_float32():
 
 
 def test_an_infinite_trial_is_not_the_lowest():
-    trace = hg.search(
-        TO_ONE, hg.Newton(), hg.searchers.Random(), 0.0,
-        space=hg.spaces.Interval(0.0, 2.0), budget=20,
-    )  # fmt: skip
+    trace = random_search()
     value = np.array(trace.value)
     value[1] = -np.inf
     trace = dataclasses.replace(trace, value=value)

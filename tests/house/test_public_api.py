@@ -3,12 +3,11 @@
 import ast
 import doctest
 import inspect
-import subprocess
-import sys
 from typing import Protocol
 
 import hypergrad as hg
 from tests.house.source import ROOT
+from tests.processes import run_python
 
 PUBLIC = {
     name: getattr(hg, name)
@@ -84,7 +83,7 @@ def test_every_method_has_a_source():
 
 def test_importing_loads_four_packages_and_no_other():
     """The process is a fresh one, in which warnings such as jaxopt's are errors."""
-    code = """if True:
+    code = """
         import sys, equinox, jax, lineax, optax
         allowed = {name.partition(".")[0] for name in sys.modules}
         import hypergrad
@@ -92,7 +91,7 @@ def test_importing_loads_four_packages_and_no_other():
         others = loaded - allowed - sys.stdlib_module_names
         assert others == {"hypergrad"}, others
     """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    run_python(code, env={"PYTHONWARNINGS": "error"})
 
 
 def test_the_package_and_the_readme_begin_with_the_same_example():

@@ -326,7 +326,6 @@ CONSTRUCTORS = {
     "tolerance": ("tolerance", lambda: objectives.EPO(jnp.ones(2), 0.0)),
     "seven losses": ("outer_loss", lambda: objectives.EPO(jnp.ones(7)).init(7)),
     "penalty": ("penalty", lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0)),
-    "period": ("period", lambda: objectives.AugmentedLagrangian(1.0, period=0)),
 }  # fmt: skip
 
 

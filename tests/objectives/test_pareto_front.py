@@ -80,31 +80,6 @@ def test_the_front_of_two_quadratics(aggregator_fn, fraction_fn, optimizer, num_
     np.testing.assert_allclose(trace.alpha, expected, atol=1e-3)
 
 
-def concave_loss(k):
-    """Returns 1 - exp(-|w - c_k|^2) of Fonseca and Fleming."""
-    center = (-1) ** k / 3**0.5
-    return lambda w, alpha, batch: 1 - jnp.exp(-jnp.sum((w - center) ** 2))
-
-
-def test_only_smooth_tchebycheff_reaches_a_concave_front():
-    """Weighted sums end at the ends of the front."""
-    problem = biquadratic((concave_loss(0), concave_loss(1)))
-    alpha = jnp.array([0.2, -0.1, 0.1])
-    smooth, summed = (
-        objectives.pareto_front(
-            problem, IMPLICIT, optax.sgd(0.05), alpha, alpha, PREFERENCES,
-            aggregator_fn=aggregator_fn, num_steps=1000,
-        ).value[:, -1]
-        for aggregator_fn in (smooth_tchebycheff, objectives.WeightedSum)
-    )  # fmt: skip
-    # At t in [-1, 1] along the diagonal the front is 1 - exp(-(t -+ 1)^2).
-    t = 1 - jnp.sqrt(-jnp.log1p(-smooth[:, 0]))
-    np.testing.assert_allclose(smooth[:, 1], 1 - jnp.exp(-((t + 1) ** 2)), rtol=0.01)
-    middle = jnp.full(2, 1 - jnp.exp(-1.0))
-    np.testing.assert_allclose(smooth[2], middle, rtol=1e-3)
-    assert np.all(np.min(summed, 1) < 0.1)
-
-
 def counts_and_values(trace):
     """Returns the counts of Hessian products of a trace, and all else."""
     counts = {name: trace.stats[name] for name in ("num_hvps", "gradient_equivalents")}

@@ -1,7 +1,6 @@
 """Searches by TPE that share the trials of a journal."""
 
-import subprocess
-import sys
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import chex
@@ -14,6 +13,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.searchers import TPE
 from hypergrad.spaces import Choice, Interval
+from tests.processes import start_python
 from tests.search.problems import RecordingSearcher, record, search
 
 KEY = jax.random.key(0)
@@ -179,7 +179,7 @@ def test_search_that_dies_while_it_writes_stops_no_other(tmp_path):
     """It is killed halfway through a line; the others continue and lose no trial."""
     file = tmp_path / "tpe.log"
     make_trial(file, 0)
-    code = """if True:
+    code = """
         import os, signal, sys
         from hypergrad.searchers.optuna_study import JournalLock
         JournalLock(sys.argv[1]).acquire()
@@ -187,8 +187,7 @@ def test_search_that_dies_while_it_writes_stops_no_other(tmp_path):
             file.write(b'{"op_code":4,"worker')
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    killed = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
-    assert killed.returncode == -9
+    assert start_python(code, file).wait() == -signal.SIGKILL
     (before,) = read_studies(file)
     make_trial(file, 1)
     make_trial(file, 2)

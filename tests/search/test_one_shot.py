@@ -89,8 +89,3 @@ def test_one_shot_finds_the_optimum_within_its_stated_budget():
         best.append(trace.value.min())
     np.testing.assert_allclose(np.median(best), NODE_VALUES.min(), rtol=1e-9)
     assert "four samples per choice" in OneShot.__doc__
-
-
-def test_eval_batch_size_must_be_positive():
-    with pytest.raises(ValueError, match="eval_batch_size"):
-        OneShot(0)

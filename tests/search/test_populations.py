@@ -1,8 +1,6 @@
 """Searchers that train populations against runs that are written out by hand."""
 
 import os
-import subprocess
-import sys
 
 import chex
 import equinox as eqx
@@ -23,6 +21,7 @@ from hypergrad.searchers import (
 from hypergrad.searchers.halving import floor_log
 from hypergrad.searchers.populations import Rung, Trainer
 from hypergrad.trials.trial import TrialSetup
+from tests.processes import run_python
 from tests.search.populations import (
     MOMENTUM,
     PROBLEM,
@@ -208,8 +207,8 @@ def test_member_whose_w_is_not_finite_is_never_the_best(name):
 
 
 def test_worst_members_copy_the_best_and_perturb_alpha():
-    """Carries are copied to the bit, ``u`` moves by 0.2, and all others are kept."""
-    searcher, trainer = PopulationBasedTraining(8), make_trainer(3)
+    """Carries are copied to the bit, ``u`` moves by 0.3, and all others are kept."""
+    searcher, trainer = PopulationBasedTraining(8, perturbation=0.3), make_trainer(3)
     members = trainer.init_members(8, jax.random.key(0))
     members, records = trainer.train(members, 3, jax.random.key(1))
     value = records.value.at[2].set(jnp.nan)
@@ -227,7 +226,7 @@ def test_worst_members_copy_the_best_and_perturb_alpha():
         "center"
     ]
     change = np.abs(to_u(new.alpha) - to_u(take(members.alpha, parents)))
-    expected = np.where(is_worst, 0.2, 0.0)[:, None]
+    expected = np.where(is_worst, 0.3, 0.0)[:, None]
     np.testing.assert_allclose(change, expected + np.zeros((8, 2)), rtol=1e-9)
 
 
@@ -241,18 +240,6 @@ def test_a_failed_member_is_no_parent():
         assert parents.tolist() == [0, 1, 1, 1]
     _, parents = searcher.replace_worst(SPACE, members, value.at[1].set(jnp.inf), key)
     assert set(parents[2:].tolist()) <= {0, 1}  # all have failed
-
-
-@pytest.mark.parametrize("u", [-3.0, 0.0, 3.0])
-def test_perturbation_shrinks_towards_the_bounds(u):
-    """To first order it is eps t (1 - t) of a logarithmic interval."""
-    space, eps = hg.spaces.Interval(1e-4, 1.0, log=True), 1e-3
-    searcher = PopulationBasedTraining(2, perturbation=eps)
-    alpha = space.forward(u)
-    new_alpha = searcher.perturb(space, alpha, jax.random.key(0))
-    t = 1 / (1 + np.exp(-u))
-    change = np.abs(np.log(new_alpha / alpha)) / np.log(1e4)
-    np.testing.assert_allclose(change, eps * t * (1 - t), rtol=eps)
 
 
 def test_perturbation_moves_every_row_of_a_simplex():
@@ -366,7 +353,6 @@ def test_population_needs_a_solver_with_steps(solver):
     [
         (lambda: PopulationBasedTraining(4, 0.7), "quantile_fraction"),
         (lambda: PopulationBasedTraining(1), "population_size"),
-        (lambda: SuccessiveHalving(0), "num_candidates"),
         (lambda: SuccessiveHalving(8, eta=1), "eta"),
         (lambda: Hyperband(eta=1), "eta"),
     ],
@@ -425,11 +411,8 @@ def test_eight_devices_train_what_one_does():
     def run(num_devices):
         flags = os.environ.get("XLA_FLAGS", "")
         flags += f" --xla_force_host_platform_device_count={num_devices}"
-        process = subprocess.run(
-            [sys.executable, "-c", SHARDED_SEARCH], capture_output=True, text=True,
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, check=True,
-        )  # fmt: skip
-        *values, count = process.stdout.split()
+        env = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        *values, count = run_python(SHARDED_SEARCH, env=env).stdout.split()
         assert int(count) == num_devices
         return np.array(values, float)
 

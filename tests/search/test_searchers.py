@@ -361,7 +361,6 @@ UNBOUNDED = {"a": None}
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: Grid(0), "num"),
         (lambda: Grid(10).init(Unit(shape=(6,)), KEY), "num"),
         (lambda: Grid(10).init({"a": Simplex(shape=(3,))}, KEY), "space"),
         (lambda: TPE(0), "num_initial"),

@@ -180,12 +180,8 @@ CASES = {
     "coverage": Case(sg.Coverage(1.0), "binary", coverage),
     "f2": Case(sg.FBeta(2.0), "binary", sklearn_ratio(f2)),
     "f1-macro": Case(sg.FBeta(), "classes", sklearn_ratio(f1, "macro", 5)),
-    "f1-micro": Case(
-        sg.FBeta(average="micro"), "classes", sklearn_ratio(f1, "micro", 5)
-    ),
-    "f1-labels": Case(
-        sg.FBeta(average="micro"), "labels", sklearn_ratio(f1, "micro", 3)
-    ),
+    "f1-micro": Case(micro_f1, "classes", sklearn_ratio(f1, "micro", 5)),
+    "f1-labels": Case(micro_f1, "labels", sklearn_ratio(f1, "micro", 3)),
     "precision": Case(sg.Precision(), "classes", sklearn_ratio(precision, "macro", 5)),
     "recall": Case(sg.Recall(), "labels", sklearn_ratio(recall, "macro", 3)),
     "dice": Case(sg.Dice(), "masks", per_image(f1)),

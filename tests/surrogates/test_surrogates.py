@@ -484,15 +484,6 @@ def test_a_common_factor_of_the_weights_changes_no_gradient(surrogate, factor):
     )
 
 
-def test_soft_rank_ap_keeps_its_smoothing_for_normalized_weights():
-    scores = jax.random.normal(jax.random.key(0), (30,))
-    targets = jax.random.bernoulli(jax.random.key(1), 0.5, (30,))
-    value = lambda c: sg.SoftRankAP()(
-        scores, targets, temperature=0.1, weights=jnp.full(30, c)
-    )
-    np.testing.assert_allclose(value(1 / 30), value(1.0), rtol=1e-6)
-
-
 def test_soft_ranks_are_hard_up_to_the_gap_over_the_largest_weight():
     """The smallest gap is 1, and the largest weight 1.9 times the mean."""
     scores, targets = jnp.array([3.0, 2.0, 1.0, 0.0]), jnp.array([0, 1, 0, 1])

@@ -13,18 +13,6 @@ import hypergrad as hg
 DIGITS = jax.tree.map(jnp.asarray, hg.datasets.load("digits"))
 
 
-def train(problem: hg.Bilevel, solver, w, alpha) -> Any:
-    """Returns the inner solution on the data of ``jax.random.key(0)``."""
-    key = jax.random.key(0)
-    return solver.solve(problem.inner_loss, w, alpha, problem.inner_data, key)[0]
-
-
-def pipeline_value(problem: hg.Bilevel, solver, w, alpha) -> jax.Array:
-    """Returns the outer loss after training from ``w`` with ``alpha``."""
-    w = train(problem, solver, w, alpha)
-    return problem.outer_value(w, alpha, problem.outer_data)
-
-
 def central_differences(value_fn: Callable[[Any], Any], alpha: Any, step: float) -> Any:
     """Returns numerical derivatives of a scalar function for every number in ``alpha``.
 

@@ -9,11 +9,7 @@ import scipy.ndimage
 import hypergrad as hg
 from hypergrad.tasks import augmentation
 from hypergrad.tasks.augmentation import MAX_MAGNITUDES, OPERATIONS
-from tests.tasks.task_cases import (
-    DIGITS,
-    assert_close,
-    central_differences,
-)
+from tests.tasks.task_cases import DIGITS, assert_close, central_differences
 
 IMAGES = DIGITS["x"][:8].reshape(-1, 8, 8).astype(float)
 # Twelve images, three hidden units, and a penalty that makes the solution a minimum.
@@ -65,15 +61,6 @@ def test_an_affine_map_equals_scipys_bilinear_interpolation():
         strengths(translate_y=0.3, translate_x=-0.7, rotate=0.4, scale=0.2, shear=-0.3)
     )
     np.testing.assert_allclose(actual, np.array(expected)[:, 1:-1, 1:-1], atol=1e-12)
-
-
-def test_x_is_the_horizontal_axis():
-    """A translation by one pixel moves columns, or rows."""
-    for name, axis in (("translate_x", 2), ("translate_y", 1)):
-        moved = transform(strengths(**{name: 1.0}))
-        expected = np.roll(IMAGES, 1, axis)
-        inside = np.s_[:, 1:, 1:]
-        np.testing.assert_allclose(moved[inside], expected[inside], atol=1e-12)
 
 
 def test_contrast_scales_about_the_mean_and_noise_is_added():

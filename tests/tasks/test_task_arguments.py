@@ -103,8 +103,8 @@ def test_marked_examples_must_leave_enough_of_each_class():
 
 
 def test_any_constant_feature_becomes_zero():
-    """The float32 mean of 200 equal numbers differs from some of them."""
-    constants = np.float32(np.linspace(0.1, 2, 100))
+    """The float32 mean of 200 equal numbers differs from some of them; one is 0."""
+    constants = np.float32(np.linspace(0, 2, 100))
     x = jnp.asarray(np.tile(constants, (200, 1)))
     assert np.any(np.mean(np.asarray(x), 0) != constants)  # else nothing is tested
     splits = {"train": {"x": x}, "val": {"x": x + 1}}
@@ -273,7 +273,7 @@ def test_closed_forms_leave_a_compiled_program(name: str, variant: str):
 
 
 def test_examples_that_own_sizes_need_are_named():
-    with pytest.raises(ValueError, match="at least 1,001 examples"):
+    with pytest.raises(ValueError, match=r"data must be given.*least 1,001 examples"):
         make("architecture", None, scale="paper", sizes=(600, 400, 4))
     with pytest.raises(ValueError, match="at least 31 examples"):
         make("augmentation", None, scale="paper", sizes=(20, 10, 4))
@@ -305,12 +305,6 @@ def test_an_integer_is_not_a_key(name: str):
 def test_an_unknown_scale_is_an_error(name: str):
     with pytest.raises(ValueError, match="scale"):
         TASKS[name].make(key=jax.random.key(0), scale="large")
-
-
-@pytest.mark.parametrize("name", ["architecture", "augmentation", "semi_supervised"])
-def test_the_paper_scale_needs_data_if_none_is_bundled(name: str):
-    with pytest.raises(ValueError, match="data"):
-        TASKS[name].make(key=jax.random.key(0), scale="paper")
 
 
 @pytest.mark.parametrize(
@@ -471,19 +465,6 @@ def test_the_test_split_of_small_data_is_the_rest():
     numbers = [np.asarray(split["x"])[:, 0] for split in splits]
     assert [len(x) for x in numbers] == [200, 400, 100]
     assert sorted(np.concatenate(numbers)) == list(range(700))
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"), [("penalties", "hoag"), ("unsupervised", "kde")]
-)
-def test_a_constant_feature_is_standardized_to_zero(name: str, variant: str):
-    data = hg.datasets.load("breast_cancer")
-    data = data | {"x": data["x"] * (np.arange(30) > 0)[None]}
-    task = make(name, data, variant=variant)
-    problem = task.problem
-    np.testing.assert_array_equal(problem.inner_data["x"][:, 0], 0)
-    value = problem.outer_value(task.w, task.alpha, problem.outer_data)
-    assert jnp.isfinite(value)
 
 
 def test_clusters_need_no_labels():

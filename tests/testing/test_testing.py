@@ -1,9 +1,6 @@
 """The conformance check accepts correct estimators and rejects sabotaged ones."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +16,7 @@ import hypergrad as hg
 from benchmarks.shared.reference_problems import central, dense, error
 from hypergrad.testing import quadratic
 from tests.parameters import slow_except
+from tests.processes import run_python
 
 SOLVER = hg.Descent(optax.sgd(0.5), 200)
 ESTIMATORS = {
@@ -52,7 +50,7 @@ def test_correct_estimators_pass(name: str):
 @pytest.mark.slow
 def test_correct_estimators_pass_in_float32():
     """The process has no x64; GMRES has a tolerance that float32 can reach."""
-    code = """if True:
+    code = """
         import jax, lineax as lx, optax, hypergrad as hg
         solver = hg.Descent(optax.sgd(0.5), 200)
         linear_solvers = [
@@ -65,9 +63,7 @@ def test_correct_estimators_pass_in_float32():
         hg.testing.check_estimator(hg.Unrolled(solver, truncation_length=10))
         assert jax.numpy.zeros(1).dtype == "float32"
     """
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
-    command = [sys.executable, "-W", "error", "-c", code]
-    subprocess.run(command, env=environment, check=True)
+    run_python(code, env={"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "error"})
 
 
 class Modified(eqx.Module):
