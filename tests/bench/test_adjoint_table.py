@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import adjoint
+from hypergrad.bench import Finding
 
 
 @pytest.mark.slow
@@ -28,3 +29,13 @@ def test_adjoint_equals_autodiff(name, checkpoint):
     for autodiff, actual in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(actual, autodiff, rtol=1e-12, atol=1e-12)
         assert np.abs(autodiff).max() > 1e-6
+
+
+def test_both_ratios_are_printed_and_nothing_is_claimed():
+    """The finding has no outcome."""
+    row = {
+        "method": "a", "stores": "b", "autodiff_gradients": 2.0,
+        "adjoint_gradients": 2.5, "autodiff_scratch": 10, "adjoint_scratch": 4,
+    }  # fmt: skip
+    text = "a, b: 1.25 of autodiff's operations, 0.40 of its scratch"
+    assert adjoint.findings([row]) == [Finding(text)]

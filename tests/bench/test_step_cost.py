@@ -59,22 +59,6 @@ def test_a_sliced_loss_is_that_of_the_block(small):
     np.testing.assert_allclose(inner(w, alpha, 64, batch_size=64), expected, rtol=1e-6)
 
 
-def test_cost_of_a_quadratic_is_that_of_its_matrices(small):
-    """The mean over all matrices is one quadratic, by a dense formula."""
-    problem = step_problems.quadratics()
-    w, alpha = jax.random.normal(jax.random.key(0), (2, 3))
-    mean = {name: jnp.mean(x, 0) for name, x in problem.inner_data.items()}
-    expected = (
-        w @ mean["hess_w"] @ w / 2
-        + alpha @ mean["hess_alpha"] @ alpha / 2
-        + alpha @ mean["cross"] @ w
-        + mean["linear_w"] @ w
-        + mean["linear_alpha"] @ alpha
-    )
-    value = problem.inner_loss(w, alpha, problem.inner_data)
-    np.testing.assert_allclose(value, expected, rtol=1e-4)
-
-
 def test_a_solver_of_a_checkout_is_timed_beside_ours(small, tmp_path, monkeypatch):
     (tmp_path / "solvers").mkdir()
     (tmp_path / "solvers/soba.py").write_text(PEER)

@@ -89,29 +89,6 @@ def test_imaml_equals_its_closed_form(hidden, key):
     np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-12)
 
 
-def test_imaml_of_linear_regression_equals_numpy(key):
-    """For squared errors it is ``(I + X'X / penalty)^-1 dM/dw``."""
-    x, y, x_val, y_val = jax.random.normal(key, (4, 7, 7))
-    penalty, alpha = 1.7, y[1]
-    squared_error = lambda w, batch: jnp.sum((batch[0] @ w[0] - batch[1]) ** 2) / 2
-    problem = hg.Bilevel(
-        lambda w, alpha, batch: (
-            squared_error(w, batch) + penalty * few_shot.proximal_term(w, alpha)
-        ),
-        lambda w, alpha, batch: squared_error(w, batch),
-        (x, y[0]),
-        (x_val, y_val[0]),
-        init_fn=few_shot.broadcast_alpha,
-    )
-    estimator = hg.Implicit(hg.Newton(tolerance=1e-14), hg.CG(rtol=1e-14))
-    estimate = hg.hypergradient(problem, estimator)(jnp.zeros((1, 7)), alpha)
-    x, y, x_val, y_val = map(np.asarray, (x, y[0], x_val, y_val[0]))
-    w = np.linalg.solve(x.T @ x + penalty * np.eye(7), x.T @ y + penalty * alpha)
-    outer_grad = x_val.T @ (x_val @ w - y_val)
-    expected = np.linalg.solve(np.eye(7) + x.T @ x / penalty, outer_grad)
-    np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-8)
-
-
 def test_sampled_tasks_have_distinct_classes_and_drawings():
     """Classes differ within a task; support and query share no drawing."""
     images = jnp.arange(8 * 20.0).reshape(8, 20, 1, 1)
