@@ -228,6 +228,12 @@ def load_method(path: Path, function: str) -> Method:
             + "."
         )
     check_method(function, method)
+    if getattr(method, "splits", ()):
+        raise MethodError(
+            f"{function}.splits must not be set, because a method of your own gets the "
+            "same splits as those that it is compared with. Only a table gives an "
+            "oracle further ones."
+        )
     return method
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad import tasks
-from hypergrad.bench import Table, baselines, loading
+from hypergrad.bench import MethodError, Table, baselines, loading
 from hypergrad.bench.check import check_result
 from hypergrad.bench.runner import RunOptions, run_table
 from hypergrad.bench.table import without_test_data
@@ -109,6 +109,14 @@ def test_a_method_gets_training_and_validation_examples_only():
     assert not given.metrics
     given = without_test_data(task, ("upright",))
     assert given.splits.keys() == {"train", "val", "upright"}
+
+
+def test_an_added_method_gets_no_further_splits(tmp_path: Path):
+    """It would be compared with methods that do not see them."""
+    file = tmp_path / "mine.py"
+    file.write_text(METHOD + 'mine.splits = ("test",)\n')
+    with pytest.raises(MethodError, match=r"mine.splits must not be set"):
+        loading.load_method(file, "mine")
 
 
 def test_all_converted_tables_take_methods():
