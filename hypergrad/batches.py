@@ -203,9 +203,7 @@ class Batches(eqx.Module):
         whatever the key; that of ``with_key`` comes from ``key``.
         """
         if self.batch_size is None:  # a fresh key, also in the data of an estimate
-            is_none = lambda x: x is None
-            data = eqx.tree_at(lambda d: d.full_batch_key, self, None, is_leaf=is_none)
-            return data.full_batch(key)
+            return with_full_batch_key(self, None).full_batch(key)
         index_key, batch_key = jax.random.split(key) if self.with_key else (key, None)
         if self.has_blocks:
             batch = self.take_block(self.draw_block(index_key))
@@ -317,11 +315,12 @@ def full_batch(data: Data, key: Array) -> PyTree:
     return data.full_batch(key) if isinstance(data, Batches) else data
 
 
-def with_full_batch_key(data: Data, key: Array) -> Data:
+def with_full_batch_key(data: Data, key: Array | None) -> Data:
     """Returns the data whose full batch always has this key, if batches have keys.
 
     A solver that uses all of the data then minimizes the loss for this key, whatever
-    key it was called with. `sample` returns fresh keys, as for stochastic solvers.
+    key it was called with. `sample` returns fresh keys, as for stochastic solvers. With
+    None a full batch has the key that it is called with again.
     """
     if not is_keyed(data):
         return data

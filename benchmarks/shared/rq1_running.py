@@ -373,11 +373,7 @@ def tune(task: str, method: str) -> Row:
         lambda row: score(row, budget),
         cost=cost_or_bound,
     )
-    return {
-        "setting": choice.setting,
-        "score": choice.score,
-        "tuning_cost": choice.tuning_cost,
-    }
+    return choice.row
 
 
 # Operations.

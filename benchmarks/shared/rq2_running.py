@@ -390,8 +390,4 @@ def tune(task: str, name: str) -> Row:
         lambda row: score(row, metric),
         higher_is_better=True,
     )
-    return {
-        "setting": choice.setting,
-        "score": choice.score,
-        "tuning_cost": choice.tuning_cost,
-    }
+    return choice.row

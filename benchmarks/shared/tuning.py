@@ -84,6 +84,11 @@ class TuningResult(NamedTuple):
     scores: list[float]
     tuning_cost: float
 
+    @property
+    def row(self) -> Row:
+        """All fields but the scores, as columns of a row."""
+        return {name: x for name, x in self._asdict().items() if name != "scores"}
+
 
 def choose_on_seeds(
     run: Callable[[Any, int], Row],

@@ -26,8 +26,8 @@ def test_the_fit_finds_the_power_of_the_last_two_decades(power):
     sizes = np.array(growth.decades(0, 5))
     values = np.where(sizes < 1000, 1.0, 3.0 * sizes**power)
     order = np.array([3, 0, 5, 1, 4, 2])
-    found = growth.exponent(sizes[order], values[order])
-    assert found == pytest.approx(power, abs=1e-12)
+    actual = growth.exponent(sizes[order], values[order])
+    assert actual == pytest.approx(power, abs=1e-12)
 
 
 def test_rows_of_theory_are_supported_and_others_are_not():

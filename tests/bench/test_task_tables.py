@@ -34,8 +34,8 @@ def test_the_ranking_contains_the_cells_as_the_table_trains_them():
     assert {row["data_sha256"] for row in rows} == {digest}
 
 
-@pytest.mark.parametrize("label", ["baseline", "labels of validation", "oracle"])
-def test_methods_without_a_search_get_the_splits_that_they_train_on(label):
+@pytest.mark.parametrize("label", ["labels of validation", "oracle"])
+def test_a_method_gets_the_splits_that_it_trains_on(label):
     cell = {"method": label, "seed": 0, "setting_index": 0}
     row = semi_supervised_table.table.measure(cell, "small", [])
     assert 0.5 < row["test_accuracy"] < 1
