@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .runtime.devices import is_on_host
+from .runtime.equal_optimizers import first_equal
 from .trees import is_key, is_key_or_counter
 
 KEY_SHAPE = jax.eval_shape(lambda: jax.random.key(0))
@@ -405,7 +406,7 @@ def below_one(name: str) -> Callable[[Any], Any]:
 
 def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Returns the converter extended to schedules ``step -> number``, left as is."""
-    return lambda value: value if callable(value) else convert(value)
+    return lambda value: first_equal(value) if callable(value) else convert(value)
 
 
 def _range_converter(

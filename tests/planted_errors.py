@@ -54,6 +54,13 @@ UPDATES = "estimators/single_loop/test_single_loop_updates.py"
 ZERO_ORDER = "estimators/test_zero_order.py"
 
 ERRORS = (
+    PlantedError(
+        "equal optimizers: numbers in closures are not compared",
+        "runtime/equal_optimizers.py",
+        "    return cells, function.__defaults__, keyword_defaults, attributes",
+        "    return (), function.__defaults__, keyword_defaults, attributes",
+        "core/test_equal_optimizers.py",
+    ),
     # Second derivatives and implicit differentiation.
     PlantedError(
         "implicit: the indirect term has the wrong sign",

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from ..batches import Data, at_draw, batch_fraction, is_in_passes, sample_batch
 from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
 from ..runtime.all_cores import loss_on_all_cores
+from ..runtime.equal_optimizers import first_equal
 from ..trees import cast_like, widen
 from ..validation import check_hashable, check_not_optax_factory, check_positive_int
 from .base import InnerStats, inner_stats
@@ -55,7 +56,7 @@ class Descent(eqx.Module):
     True
     """
 
-    optimizer: Optimizer = eqx.field(static=True)
+    optimizer: Optimizer = eqx.field(static=True, converter=first_equal)
     num_steps: int = eqx.field(static=True)
 
     citations = ("deepmind2020jax",)

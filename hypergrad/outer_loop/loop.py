@@ -27,6 +27,7 @@ from ..keys_in_w import bind_keys
 from ..metrics import Metric, check_metrics
 from ..problem import Bilevel
 from ..progress import Progress
+from ..runtime.equal_optimizers import first_equal
 from ..trace import Trace
 from ..validation import (
     as_input_arrays,
@@ -158,7 +159,7 @@ class OuterLoop(eqx.Module):
         self.problem, self.estimator, self.space, self.aggregator = floats_to_arrays(
             (problem, estimator, space, aggregator)
         )
-        self.optimizer = optimizer
+        self.optimizer = first_equal(optimizer)
         self.project = project
         self.outer_data_fn = outer_data_fn
         self.metrics = check_metrics(metrics)

@@ -12,6 +12,7 @@ from ..inner import inner_stats
 from ..inner.base import InnerStats
 from ..inner.descent import run_inner_steps
 from ..products import Loss
+from ..runtime.equal_optimizers import first_equal
 from ..validation import check_positive_int
 
 
@@ -44,7 +45,9 @@ class SemiGradient(eqx.Module):
     """
 
     loss: Callable[[PyTree, PyTree, PyTree, PyTree], Array] = eqx.field(static=True)
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    optimizer: optax.GradientTransformation = eqx.field(
+        static=True, converter=first_equal
+    )
     num_steps: int = eqx.field(static=True)
 
     differentiable = True

@@ -227,6 +227,35 @@ def test_the_options_of_a_run_compile_one_program_of_steps(option, caplog, tmp_p
     assert count_programs(caplog, "run_block", continued) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    "make_estimator",
+    [
+        lambda rate: hg.Implicit(hg.Descent(optax.sgd(rate), 5)),
+        lambda rate: hg.Unrolled(hg.Descent(optax.adam(rate), 5)),
+        lambda rate: hg.SOBA(optax.sgd(rate), adjoint_optimizer=optax.sgd(rate)),
+    ],
+    ids=["Implicit", "Unrolled", "SOBA"],
+)
+def test_optimizers_that_are_written_in_a_call_compile_nothing_again(
+    make_estimator, caplog
+):
+    """Every call of ``optax.adam(0.1)`` returns other functions, but an equal rule."""
+    x = reference()
+    run = lambda rate, outer_rate: hg.minimize(
+        x.problem,
+        make_estimator(rate),
+        optax.adam(outer_rate),
+        x.w,
+        x.alpha,
+        num_steps=2,
+    )
+    run(0.1, 0.25)
+    assert count_programs(caplog, "run_block", lambda: run(0.1, 0.25)) == (0, 0)
+    assert count_programs(caplog, "init_state", lambda: run(0.1, 0.25)) == (0, 0)
+    assert count_programs(caplog, "run_block", lambda: run(0.1, 0.5)) == (1, 1)
+    assert count_programs(caplog, "run_block", lambda: run(0.2, 0.5)) == (1, 1)
+
+
 def test_a_run_traces_each_loss_a_few_times():
     """The checks and one estimate, which the blocks of steps do not trace again."""
     losses = count_traces(reference())

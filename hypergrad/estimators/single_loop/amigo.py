@@ -9,6 +9,7 @@ from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
+from ...runtime.equal_optimizers import first_equal
 from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, run_w_steps, scan_with_first_output
@@ -49,7 +50,7 @@ class AmIGO(SingleLoop):
     num_steps: int = eqx.field(static=True)
     num_adjoint_steps: int = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
-        static=True, default=None
+        static=True, default=None, converter=first_equal
     )
 
     uses_adjoint = True

@@ -17,6 +17,7 @@ from ...checks.problem import check_alpha_has_gradient, check_problem
 from ...cost import cost_stats
 from ...inner.descent import LINE_SEARCH_STATES, contains_state
 from ...problem import Bilevel, EstimateData
+from ...runtime.equal_optimizers import first_equal
 from ...trees import cast_like, norm, norm_ratio
 from ...validation import check_optimizer, raise_with_context
 from ..base import Estimate, make_estimate
@@ -141,7 +142,9 @@ class SingleLoop(eqx.Module):
     1.0
     """
 
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    optimizer: optax.GradientTransformation = eqx.field(
+        static=True, converter=first_equal
+    )
 
     target: ClassVar[str] = "argmin"
     is_single_loop: ClassVar[bool] = True

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
+from ...runtime.equal_optimizers import first_equal
 from ...validation import below_one, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, sample_streams
@@ -56,7 +57,7 @@ class FSLA(SingleLoop):
     """
 
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
-        static=True, default=None
+        static=True, default=None, converter=first_equal
     )
     momentum: Array | float | Callable = eqx.field(
         default=0.9, kw_only=True, converter=or_schedule(below_one("momentum"))

@@ -7,6 +7,7 @@ from jaxtyping import PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import on_all_cores
+from ...runtime.equal_optimizers import first_equal
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .soba import soba_step
 from .variance_reduction import (
@@ -71,7 +72,7 @@ class SABA(SingleLoop):
     """
 
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
-        static=True, default=None
+        static=True, default=None, converter=first_equal
     )
 
     uses_adjoint = True

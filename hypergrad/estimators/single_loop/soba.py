@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import on_all_cores
+from ...runtime.equal_optimizers import first_equal
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 from .variance_reduction import InnerParts, OuterParts, Point, value_and_parts
 
@@ -63,7 +64,7 @@ class SOBA(SingleLoop):
     """
 
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
-        static=True, default=None
+        static=True, default=None, converter=first_equal
     )
 
     uses_adjoint = True

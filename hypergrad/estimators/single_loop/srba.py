@@ -10,6 +10,7 @@ from ...batches import full_batch
 from ...method_summary import MethodSummary
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import on_all_cores
+from ...runtime.equal_optimizers import first_equal
 from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 from .soba import soba_step
@@ -55,7 +56,7 @@ class SRBA(SingleLoop):
 
     period: int = eqx.field(static=True)
     adjoint_optimizer: optax.GradientTransformation | None = eqx.field(
-        static=True, default=None
+        static=True, default=None, converter=first_equal
     )
 
     uses_adjoint = True

@@ -1,0 +1,124 @@
+"""Optimizers with the same content are one object, and no others are."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hypergrad.runtime.equal_optimizers import first_equal
+
+# Transformations of optax that need no more than a learning rate.
+ALIASES = """
+    adabelief adadelta adagrad adam adamax adamaxw adamw adan amsgrad fromage lars lamb
+    lion nadam nadamw novograd radam rmsprop rprop sgd sign_sgd sm3 yogi
+"""
+
+
+def make(name, rate=0.125, **options):
+    return first_equal(getattr(optax, name)(rate, **options))
+
+
+@pytest.mark.parametrize("name", ALIASES.split())
+def test_equal_arguments_give_one_object(name):
+    assert make(name) is make(name)
+
+
+@pytest.mark.parametrize("name", ALIASES.split())
+def test_each_number_distinguishes(name):
+    """The oracle is the signature: another value of any option is another optimizer."""
+    assert make(name) is not make(name, 0.25)
+    parameters = inspect.signature(getattr(optax, name)).parameters
+    # Without momentum optax ignores whether it is Nesterov's.
+    options = {"momentum": 0.5} if "momentum" in parameters else {}
+    first = make(name, **options)
+    for option in list(parameters.values())[1:]:  # The first one is the rate.
+        if isinstance(option.default, bool):
+            other = not option.default
+        elif isinstance(option.default, float):
+            other = option.default / 2 + 0.1
+        else:
+            continue
+        assert make(name, **options | {option.name: other}) is not first, option.name
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda: optax.chain(
+            optax.clip(1.0), optax.sgd(optax.cosine_decay_schedule(0.1, 9))
+        ),
+        lambda: optax.masked(optax.sgd(0.1), (True, False)),
+        lambda: optax.adam(0.1, mu_dtype=jnp.bfloat16),
+        lambda: optax.lbfgs(1.0, linesearch=None),
+    ],
+)
+def test_composed_transformations(make_optimizer):
+    assert first_equal(make_optimizer()) is first_equal(make_optimizer())
+
+
+def test_schedules():
+    make_schedule = lambda rate: first_equal(optax.polynomial_schedule(rate, 0.0, 1, 9))
+    assert make_schedule(1.0) is make_schedule(1.0)
+    assert make_schedule(1.0) is not make_schedule(0.5)
+
+
+def test_equal_numbers_of_other_types_or_signs_are_different():
+    pairs = [(0.0, -0.0), (1, 1.0), (0.5, np.float32(0.5))]
+    for a, b in pairs:
+        assert first_equal(optax.sgd(a)) is not first_equal(optax.sgd(b))
+    assert first_equal(optax.trace(0.9, True)) is not first_equal(optax.trace(0.9, 1))
+
+
+def test_functions_of_users_are_equal_only_to_themselves():
+    """Their closures may change after the first call."""
+
+    def make_schedule(rate):
+        return lambda count: rate
+
+    first, second = make_schedule(0.1), make_schedule(0.1)
+    assert first_equal(optax.sgd(first)) is first_equal(optax.sgd(first))
+    assert first_equal(optax.sgd(first)) is not first_equal(optax.sgd(second))
+    own = optax.stateless(lambda g, w: g)
+    assert first_equal(own) is own
+
+
+def test_arrays_and_tracers_are_never_shared():
+    rate = jnp.asarray(0.1)
+    one, other = optax.sgd(rate), optax.sgd(rate)
+    assert first_equal(one) is one
+    assert first_equal(other) is other
+
+    @jax.jit
+    def step(rate):
+        optimizer = optax.sgd(rate)
+        assert first_equal(optimizer) is optimizer
+        return optimizer.update(1.0, optimizer.init(1.0))[0]
+
+    assert float(step(0.25)) == -0.25
+
+
+def test_what_is_no_transformation_is_returned():
+    function = lambda alpha: optax.sgd(alpha)
+    assert first_equal(function) is function
+    assert first_equal(None) is None
+
+
+def test_containers_that_may_change_are_never_shared():
+    """A change would reach the optimizer that was seen first, but not its key."""
+    rules = {"a": optax.sgd(0.1)}
+    first = optax.multi_transform(rules, "a")
+    assert first_equal(first) is first
+    rules["a"] = optax.sgd(0.2)
+    second = optax.multi_transform({"a": optax.sgd(0.1)}, "a")
+    assert first_equal(second) is second
+
+
+def test_optimizer_that_refers_to_itself_is_returned():
+    def update(updates, state, params=None):
+        return updates, update
+
+    own = optax.GradientTransformation(lambda params: (), update)
+    assert first_equal(own) is own
