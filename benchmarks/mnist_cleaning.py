@@ -73,7 +73,6 @@ images alone leave an accuracy of 90.5% uncertain by 0.6 points.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,12 +119,9 @@ MIN_IMPORTANCE = 0.9
 FILTER, ORACLE = "agreeing + validation", "right + validation"
 NOISY, VALIDATION = "noisy + validation", "validation only"
 SOLVER = hg.LBFGS(tolerance=1e-3)
-#: Each is made once, so that seeds share a program.
 REVERSE_MODE = hg.Unrolled(REVERSE_SOLVER, warm_start=False)
 IMPLICIT = hg.Implicit(SOLVER, hg.CG(rtol=1e-2, max_steps=20), warm_start=True)
 SINGLE_LOOP = hg.SOBA(optax.sgd(0.1))
-
-adam = functools.cache(optax.adam)
 
 
 # Methods.
@@ -176,7 +172,7 @@ def learn_by(make_run: Callable[[Task], tuple[hg.Bilevel, hg.Estimator]]) -> Cal
     def method(task: Task, *, budget: float, key: Array, rate: float) -> hg.Trace:
         problem, estimator = make_run(task)
         task = dataclasses.replace(task, problem=problem)
-        return minimize_task(task, estimator, adam(rate), key, budget=budget)
+        return minimize_task(task, estimator, optax.adam(rate), key, budget=budget)
 
     method.grid = {"rate": RATES}
     return method

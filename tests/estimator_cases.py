@@ -36,11 +36,9 @@ LINEAR_SOLVERS = {
     "NystromCG": hg.NystromCG(rank=3),
 }
 
-sgd = functools.cache(optax.sgd)
-
 
 def converging_descent(reference: ReferenceProblem, num_steps: int = 300) -> hg.Descent:
-    return hg.Descent(sgd(reference.step), num_steps)
+    return hg.Descent(optax.sgd(reference.step), num_steps)
 
 
 def run_estimator(reference: ReferenceProblem, estimator, w=None) -> hg.Estimate:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
 
 import hypergrad as hg
 from hypergrad.bench import Cell
 from hypergrad.runtime.compat import enable_x64
 
-from .problem_setup import ProblemSetup, make_setup, sgd
+from .problem_setup import ProblemSetup, make_setup
 from .reference_problems import flat, get_reference, quadratic, two_losses
 
 # Problems by family and structure; the names are those of `get_reference`.
@@ -97,7 +98,9 @@ def gmres(setup: ProblemSetup, dtype: str, x: Any) -> lx.GMRES:
 def early(num_newton_steps: int) -> Callable:
     """Returns the maker of `Implicit` whose inner loop leaves ``x`` of its distance."""
     return lambda setup, dtype, x: hg.Implicit(
-        setup.descent if x is None else hg.Descent(sgd(setup.step), setup.steps_to(x)),
+        setup.descent
+        if x is None
+        else hg.Descent(optax.sgd(setup.step), setup.steps_to(x)),
         num_newton_steps=num_newton_steps,
     )
 
@@ -158,7 +161,7 @@ METHODS = {
     "SOBA": Method(
         "exact, settled",
         lambda setup, dtype, x: hg.testing.RepeatedSteps(
-            hg.SOBA(sgd(setup.step)), 2 * setup.steps
+            hg.SOBA(optax.sgd(setup.step)), 2 * setup.steps
         ),
     ),
     "Unrolled": Method("exact", lambda setup, dtype, x: hg.Unrolled(setup.descent)),

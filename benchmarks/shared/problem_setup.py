@@ -65,7 +65,7 @@ class ProblemSetup:
     @property
     def descent(self) -> hg.Descent:
         """Gradient descent with `steps` steps of size `step`."""
-        return hg.Descent(sgd(self.step), self.steps)
+        return hg.Descent(optax.sgd(self.step), self.steps)
 
     @property
     def momentum(self) -> tuple[float, float, int]:
@@ -83,12 +83,6 @@ def count_to(contraction: float, fraction: float) -> int:
     if contraction == 0:
         return 2
     return math.ceil(math.log(fraction) / math.log(contraction))
-
-
-@functools.cache
-def sgd(step: float) -> optax.GradientTransformation:
-    """Returns one object per step size, because optax compares by identity."""
-    return optax.sgd(step)
 
 
 def make_setup(reference: ReferenceProblem, formula: bool) -> ProblemSetup:

@@ -66,7 +66,7 @@ class System(NamedTuple):
 
 def descent(optimizer: Any) -> Callable[[int], hg.Descent]:
     """Returns ``number of steps -> solver``."""
-    return functools.cache(lambda num_steps: hg.Descent(optimizer, num_steps))
+    return lambda num_steps: hg.Descent(optimizer, num_steps)
 
 
 def box(low: float, high: float) -> hg.spaces.Interval:
@@ -249,9 +249,7 @@ def clients(seed: int) -> Problem:
 
 
 LOCAL_STEPS = 5
-ROUNDS = functools.cache(
-    lambda num_rounds: federated.FedAvg(0.2, num_rounds, LOCAL_STEPS)
-)
+ROUNDS = lambda num_rounds: federated.FedAvg(0.2, num_rounds, LOCAL_STEPS)
 
 
 # Reinforcement: a discount for noisy states, and one for the others.
@@ -281,7 +279,7 @@ def walk(seed: int) -> Problem:
 
 
 BACKUP = optax.sgd(1.0)
-BACKUPS = functools.cache(lambda num: SemiGradient(backup_loss, BACKUP, num))
+BACKUPS = lambda num: SemiGradient(backup_loss, BACKUP, num)
 
 
 # Physics: weights of boundary and sensors.
@@ -318,7 +316,7 @@ SYSTEMS = {
     ),
     "self_supervised": System(
         "self-supervised", DIGITS, contrast,
-        functools.cache(lambda num_steps: SameDraws(CONTRAST(num_steps))), 20,
+        lambda num_steps: SameDraws(CONTRAST(num_steps)), 20,
         {"temperature": 0.1, "noise": 0.1},
         {"temperature": box(0.05, 20.0), "noise": box(0.01, 1.0)}, SGD(0.5),
     ),

@@ -1,6 +1,5 @@
 """Choice of augmentation magnitudes, and the final training, for the table `rq4`."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -40,13 +39,11 @@ RATES, PENALTIES = (0.01, 0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2, 3e-2)
 PAIRS = list(itertools.product(RATES, PENALTIES))
 
 
-@functools.cache
 def solver_of(rate: float, num_steps: int) -> hg.Descent:
-    """Returns the inner solver, the same object each time."""
+    """Returns the inner solver."""
     return hg.Descent(optax.sgd(rate, momentum=0.9), num_steps)
 
 
-@functools.cache
 def estimator_of(rate: float) -> hg.Unrolled:
     """Returns the estimator through all steps, with warm starts."""
     return hg.Unrolled(solver_of(rate, NUM_STEPS), checkpoint=True, warm_start=True)

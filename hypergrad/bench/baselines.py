@@ -5,7 +5,6 @@ training with the ``alpha`` that it learned. A baseline that trains on other dat
 the attribute ``keeps_w``: its own ``w`` is measured.
 """
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,9 +21,6 @@ from ..searchers import Random
 from ..tasks.task import Task
 from ..trace import Trace
 from .methods import Method, with_options
-
-#: One optimizer per learning rate, so that all seeds share a program.
-adam = functools.cache(optax.adam)
 
 
 def no_hyperparameters(task: Task, *, budget: float, key: Array) -> Trace:
@@ -60,7 +56,7 @@ def _implicit(task: Task, *, budget: float, key: Array, learning_rate: float) ->
     return minimize(
         task.problem,
         Implicit(task.solver),
-        adam(learning_rate),
+        optax.adam(learning_rate),
         task.w,
         task.alpha,
         space=task.space,

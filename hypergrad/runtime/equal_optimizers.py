@@ -77,6 +77,8 @@ def _key_of(value: Any, parents: tuple[int, ...]) -> Any:
         return kind, value
     if kind is float:
         return kind, value.hex()  # Unlike == it distinguishes 0.0 from -0.0.
+    if isinstance(value, np.generic):
+        return kind, value.tobytes()
     if isinstance(value, tuple):
         return kind, *map(key_of, value)
     if kind is functools.partial:

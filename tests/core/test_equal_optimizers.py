@@ -72,6 +72,13 @@ def test_equal_numbers_of_other_types_or_signs_are_different():
     assert first_equal(optax.trace(0.9, True)) is not first_equal(optax.trace(0.9, 1))
 
 
+def test_numbers_of_numpy():
+    """Grids of rates often come from `numpy.geomspace`."""
+    make_optimizer = lambda rate: first_equal(optax.adam(np.float64(rate)))
+    assert make_optimizer(0.1) is make_optimizer(0.1)
+    assert make_optimizer(0.1) is not make_optimizer(0.2)
+
+
 def test_functions_of_users_are_equal_only_to_themselves():
     """Their closures may change after the first call."""
 
