@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from . import (
     cost,
     datasets,
+    extend,
     models,
     objectives,
     plots,
@@ -157,6 +158,7 @@ __all__ = [  # in reading order
     "cost",
     "datasets",
     "diagnose",
+    "extend",
     "from_jaxopt",
     "from_optimistix",
     "hypergradient",

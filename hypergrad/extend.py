@@ -17,9 +17,8 @@ arguments, and `MethodSummary`, the row of a method in the guide.
 `hypergrad.testing.check_estimator` tests an estimator and the solvers within it.
 
 >>> import jax.numpy as jnp, hypergrad as hg
->>> from hypergrad.extend import hvp
 >>> loss = lambda w, alpha, batch: jnp.sum(alpha * w**2)
->>> hvp(loss, jnp.ones(2), jnp.array([1.0, 3.0]), None, jnp.ones(2)).tolist()
+>>> hg.extend.hvp(loss, jnp.ones(2), jnp.array([1.0, 3.0]), None, jnp.ones(2)).tolist()
 [2.0, 6.0]
 """
 
