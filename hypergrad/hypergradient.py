@@ -39,7 +39,8 @@ def hypergradient(problem: Bilevel, estimator: Estimator) -> Callable[..., Estim
     The function starts the inner solver at ``w``. It may itself be jitted and vmapped.
     Do not differentiate its results, but use `argmin` for higher derivatives: reverse
     mode fails in the loop of a solver, and where a derivative exists, it lacks what the
-    estimator cuts off. Calls with the same objects and shapes share one program.
+    estimator cuts off. Calls with the same functions, settings and shapes share one
+    program.
 
     Args:
       problem: The problem.

@@ -405,7 +405,7 @@ def below_one(name: str) -> Callable[[Any], Any]:
 
 
 def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Returns the converter extended to schedules ``step -> number``, left as is."""
+    """Returns the converter extended to schedules ``step -> number``."""
     return lambda value: first_equal(value) if callable(value) else convert(value)
 
 

@@ -44,7 +44,7 @@ class System(NamedTuple):
     Attributes:
       paradigm, data: Names for the table.
       make: ``seed -> (problem, initial w of every training)``.
-      solver: ``number of steps -> inner solver``, the same object each time.
+      solver: ``number of steps -> inner solver``.
       num_steps: Number of steps of a training.
       alpha, space: Initial hyperparameters, and their box.
       joint: Optimizer of ``w`` in a single loop.

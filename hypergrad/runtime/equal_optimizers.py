@@ -7,19 +7,21 @@ with an optimizer written in place would be compiled every time.
 
 import dataclasses
 import functools
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 T = TypeVar("T")
 
 MAX_OPTIMIZERS = 256
+_NO_VALUE = object()  # of a variable that a function of optax does not need
 
 
 class _UnknownContentError(Exception):
-    """A function closes over something without a key, such as an array or a dict."""
+    """A function closes over something without a key, such as an array."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,10 @@ def first_equal(optimizer: T) -> T:
     """Returns the first optimizer with the same content, or the given one.
 
     Functions of optax have the same content if they have the same code and close over
-    the same content. Any other function, such as a schedule written by a user, equals
-    only itself. An optimizer that closes over an array or over a dict or list, which
-    may change, is returned as it is. So is anything that is neither a transformation
-    nor a function of optax.
+    the same content. An optimizer that contains an array is returned as it is, and so
+    is one that contains what may change before another program is traced: a dict, a
+    list, or a function that is not of optax. Anything that is neither a transformation
+    nor a function of optax is returned, too.
 
     >>> import optax
     >>> first_equal(optax.adam(0.1)) is first_equal(optax.adam(0.1))
@@ -80,14 +82,18 @@ def _key_of(value: Any, parents: tuple[int, ...]) -> Any:
     if isinstance(value, np.generic):
         return kind, value.tobytes()
     if isinstance(value, tuple):
+        if getattr(value, "__dict__", None):  # A subclass with further content.
+            raise _UnknownContentError
         return kind, *map(key_of, value)
-    if kind is functools.partial:
+    if isinstance(value, functools.partial):
         keywords = tuple(value.keywords.items())
         return kind, key_of(value.func), key_of(value.args), key_of(keywords)
     if _is_of_optax(value):
-        return kind, value.__code__, *map(key_of, _contents_of(value))
-    if isinstance(value, type) or kind is FunctionType:
-        return value  # Both are compared by identity.
+        # Equal code in two modules may use different globals.
+        module = value.__globals__["__name__"]
+        return kind, module, value.__code__, *map(key_of, _contents_of(value))
+    if isinstance(value, type | jnp.ufunc) or value is _NO_VALUE:
+        return value  # These are compared by identity, and never change.
     raise _UnknownContentError
 
 
@@ -100,11 +106,21 @@ def _is_of_optax(value: Any) -> bool:
 
 
 def _contents_of(function: Any) -> tuple[Any, ...]:
-    """Returns all that the result of a call depends on besides its code."""
-    try:
-        cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    except ValueError as error:  # A variable without a value.
-        raise _UnknownContentError from error
+    """Returns all that the result of a call depends on besides its code.
+
+    The schedule of `optax.cosine_decay_schedule` replaces an int in its closure by the
+    equal float when it is first called. Both contents then lead to the first optimizer
+    with them.
+    """
+    cells = tuple(map(_value_of, function.__closure__ or ()))
     keyword_defaults = tuple((function.__kwdefaults__ or {}).items())
     attributes = tuple(function.__dict__.items())
     return cells, function.__defaults__, keyword_defaults, attributes
+
+
+def _value_of(cell: CellType) -> Any:
+    """Returns what a variable of a closure contains."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _NO_VALUE

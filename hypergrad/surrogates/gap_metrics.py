@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
+from ..runtime.equal_optimizers import first_equal
 from ..validation import floats_to_arrays
 from .base import Surrogate
 
@@ -21,7 +22,7 @@ class GapMetric(eqx.Module):
     batch: PyTree
     targets: Array
     temperature: Any
-    schedule: Callable | None = eqx.field(static=True)
+    schedule: Callable | None = eqx.field(static=True, converter=first_equal)
     masks: dict[str, Array | None]
 
     def at_step(self, step: Array) -> "GapMetric":

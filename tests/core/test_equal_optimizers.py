@@ -59,10 +59,22 @@ def test_composed_transformations(make_optimizer):
     assert first_equal(make_optimizer()) is first_equal(make_optimizer())
 
 
-def test_schedules():
-    make_schedule = lambda rate: first_equal(optax.polynomial_schedule(rate, 0.0, 1, 9))
-    assert make_schedule(1.0) is make_schedule(1.0)
-    assert make_schedule(1.0) is not make_schedule(0.5)
+@pytest.mark.parametrize(
+    "make_schedule",
+    [
+        lambda rate: optax.polynomial_schedule(rate, 0.0, 1, 9),
+        lambda rate: optax.exponential_decay(rate, 9, 0.5),
+        lambda rate: optax.exponential_decay(rate, 9, 0.5, end_value=0.1),
+        lambda rate: optax.cosine_decay_schedule(rate, 9),
+    ],
+)
+def test_schedules(make_schedule):
+    first = first_equal(make_schedule(1.0))
+    assert first_equal(make_schedule(1.0)) is first
+    assert first_equal(make_schedule(0.5)) is not first
+    # The cosine changes its closure when it is called.
+    assert jax.jit(first)(3) == make_schedule(1.0)(3)
+    assert first_equal(make_schedule(1.0)) is first
 
 
 def test_equal_numbers_of_other_types_or_signs_are_different():
@@ -79,17 +91,28 @@ def test_numbers_of_numpy():
     assert make_optimizer(0.1) is not make_optimizer(0.2)
 
 
-def test_functions_of_users_are_equal_only_to_themselves():
-    """Their closures may change after the first call."""
+def test_functions_of_users_are_never_shared():
+    """What they read may change after the first call, as in a cell of a notebook."""
+    schedule = lambda count: 0.1
+    optimizers = [optax.sgd(schedule), optax.sgd(schedule)]
+    optimizers += [optax.stateless(lambda g, w: g), optax.masked(optax.sgd(0.1), len)]
+    for optimizer in optimizers:
+        assert first_equal(optimizer) is optimizer
 
-    def make_schedule(rate):
-        return lambda count: rate
 
-    first, second = make_schedule(0.1), make_schedule(0.1)
-    assert first_equal(optax.sgd(first)) is first_equal(optax.sgd(first))
-    assert first_equal(optax.sgd(first)) is not first_equal(optax.sgd(second))
-    own = optax.stateless(lambda g, w: g)
-    assert first_equal(own) is own
+class Scaled(optax.GradientTransformation):
+    """A transformation that keeps its number outside of its fields."""
+
+    def __new__(cls, factor):
+        self = super().__new__(cls, *optax.identity())
+        self.factor = factor
+        return self
+
+
+def test_transformations_with_attributes_are_never_shared():
+    one, other = Scaled(0.1), Scaled(0.9)
+    assert first_equal(one) is one
+    assert first_equal(other) is other
 
 
 def test_arrays_and_tracers_are_never_shared():
