@@ -3,6 +3,9 @@
 import concurrent.futures
 import contextlib
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,8 +50,26 @@ class WorkerPool:
     def _make_pool(self) -> concurrent.futures.Executor:
         # A forked process would share the threads of JAX.
         return concurrent.futures.ProcessPoolExecutor(
-            self._num_workers, mp_context=multiprocessing.get_context("spawn")
+            self._num_workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_exit_with_parent,
         )
+
+
+def _exit_with_parent() -> None:
+    """Ends this process at once when its parent ends, also if that was killed.
+
+    Otherwise it would finish its cell, which may take an hour, for nobody.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait_and_exit() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import subprocess
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -34,6 +35,7 @@ from hypergrad.bench.timing import measure_seconds
 from hypergrad.bench.workers import WorkerPool, executor_of
 from hypergrad.runtime import machine
 from hypergrad.runtime.atomic_io import lock_file
+from tests.processes import start_python
 
 TIMES = {"run_seconds", "compile_seconds", "time"}
 
@@ -280,6 +282,24 @@ def test_a_run_that_is_stopped_ends_its_processes():
     assert not any(process.is_alive() for process in processes)
     with pytest.raises((concurrent.futures.CancelledError, BrokenProcessPool)):
         futures[-1].result()
+
+
+def test_workers_end_when_their_parent_is_killed():
+    """They hold its standard output open, which is read until they have ended."""
+    source = """
+        import time
+        from hypergrad.bench.workers import WorkerPool
+        pool = WorkerPool(1)
+        pool.submit(abs, -2).result()
+        pool.submit(time.sleep, 600)
+        print("busy", flush=True)
+        time.sleep(600)
+    """
+    with start_python(source, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "busy\n"
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def test_blocks_that_are_measured_may_contain_others():
