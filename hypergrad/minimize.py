@@ -38,9 +38,8 @@ def minimize(  # noqa: PLR0913 - the first five have a fixed order
 
     With ``num_steps``, and without ``progress`` and ``checkpoints``, the function can
     be jitted and vmapped. Losses are traced a constant number of times, and a second
-    run with the same functions, settings and shapes compiles nothing, whatever its
-    ``num_steps``. Leave `jax.debug_nans` off: rows and statistics that do not apply are
-    NaN.
+    run with the same functions, settings and shapes compiles nothing, for any number
+    of steps. Leave `jax.debug_nans` off: rows and statistics that do not apply are NaN.
 
     Args:
       problem, estimator, optimizer, space, metrics: As in `OuterLoop`.

@@ -30,7 +30,6 @@ from tests.estimator_cases import (
     grazzi,
     ridge_outer,
     ridge_penalty,
-    sgd,
 )
 from tests.random_problems import (
     LOSSES,
@@ -40,7 +39,7 @@ from tests.random_problems import (
 )
 
 LOGISTIC = get_reference("logistic per-weight")
-DESCENT = hg.Descent(sgd(LOGISTIC.step), 1000)
+DESCENT = hg.Descent(optax.sgd(LOGISTIC.step), 1000)
 MAX_STEPS = 3000
 
 
@@ -125,7 +124,7 @@ def test_adaptive_estimates_meet_their_tolerance(
 # Inner steps and a Newton step on the problem of Grazzi et al. 2020. The evaluations of
 # the inner loss are counted.
 
-GRAZZI_SOLVER = hg.Descent(sgd(0.1), 1000)
+GRAZZI_SOLVER = hg.Descent(optax.sgd(0.1), 1000)
 
 
 @functools.cache
@@ -163,7 +162,7 @@ def test_each_estimate_has_the_tolerance_of_its_number():
         lambda w, alpha, batch: jnp.sum((w - 2.0) ** 2),
     )
     w, alpha, key = jnp.zeros(2), jnp.ones(2), jax.random.key(0)
-    solver = hg.Descent(sgd(0.05), 1000)
+    solver = hg.Descent(optax.sgd(0.05), 1000)
 
     def run_with(rtols, state):
         estimator = hg.Implicit(solver, rtol=jnp.asarray(rtols), warm_start=False)
@@ -281,7 +280,7 @@ def test_a_start_at_the_argmin_takes_no_more_steps_than_a_far_start(alpha):
 
     def num_steps(w):
         trace = hg.minimize(
-            SCALED_PROBLEM, hg.Implicit(hg.Descent(sgd(0.2), 2000), rtol=1e-3),
+            SCALED_PROBLEM, hg.Implicit(hg.Descent(optax.sgd(0.2), 2000), rtol=1e-3),
             optax.adam(0.02), w, jnp.asarray(alpha), num_steps=5,
         )  # fmt: skip
         assert np.all(trace.stats["trusted"])
@@ -292,7 +291,7 @@ def test_a_start_at_the_argmin_takes_no_more_steps_than_a_far_start(alpha):
 
 def test_no_round_repeats_a_solve_that_cannot_change():
     """The steps are used up after the first round, whose adjoint is accurate."""
-    estimator = hg.Implicit(hg.Descent(sgd(0.2), 5), rtol=1e-3)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.2), 5), rtol=1e-3)
     result = run_estimator(SCALED_PROBLEM, estimator, jnp.zeros(10), jnp.asarray(0.5))
     assert failed_checks(result) == {"inner_error"}
     assert result.stats["num_outer_grads"] == 2  # of one round
@@ -301,7 +300,7 @@ def test_no_round_repeats_a_solve_that_cannot_change():
 # Other configurations.
 
 NESTED = quadratic("nested", seed=1)
-NO_STEPS = hg.Descent(sgd(0.1), 0)
+NO_STEPS = hg.Descent(optax.sgd(0.1), 0)
 
 
 def test_decreasing_tolerances_of_hoag_halve_the_inner_steps():
@@ -310,7 +309,7 @@ def test_decreasing_tolerances_of_hoag_halve_the_inner_steps():
 
     def run(rtol):
         trace = hg.minimize(
-            LOGISTIC.problem, hg.Implicit(DESCENT, rtol=rtol), sgd(3.0),
+            LOGISTIC.problem, hg.Implicit(DESCENT, rtol=rtol), optax.sgd(3.0),
             LOGISTIC.w, LOGISTIC.alpha, num_steps=30,
         )  # fmt: skip
         assert np.all(trace.stats["error_estimate"] <= rtol)
@@ -369,7 +368,7 @@ def test_inner_steps_do_not_stop_at_the_rounding_in_other_units(linear_solver):
         lambda w, alpha, batch: 0.5 * jnp.sum(curvatures * (w - jnp.sin(alpha)) ** 2),
         lambda w, alpha, batch: 0.5 * jnp.sum((w - 0.3) ** 2),
     )
-    solver = hg.Descent(sgd(1e-3), 40_000)
+    solver = hg.Descent(optax.sgd(1e-3), 40_000)
     estimator = hg.Implicit(solver, linear_solver, rtol=1e-2)
     alpha = jnp.linspace(0.2, 1, 10, dtype=jnp.float32)
     result = run_estimator(problem, estimator, jnp.full_like(alpha, 30.0), alpha)
@@ -380,7 +379,7 @@ def test_inner_steps_do_not_stop_at_the_rounding_in_other_units(linear_solver):
 
 def test_certificate_has_the_same_tolerance():
     """With ``certify=True`` an error of 10% is trusted if ``rtol`` is 30%."""
-    solver = hg.Descent(sgd(0.05 * LOGISTIC.step), 2000)
+    solver = hg.Descent(optax.sgd(0.05 * LOGISTIC.step), 2000)
     estimator = hg.Implicit(solver, rtol=0.3, certify=True)
     result = run_estimator(LOGISTIC.problem, estimator, LOGISTIC.w, LOGISTIC.alpha)
     assert set(result.flags) == {"certificate"}
@@ -525,7 +524,9 @@ def squared_distance(w, alpha, batch):
 
 
 def run_double_well(w, factor=1.0):
-    estimator = hg.Implicit(hg.Descent(sgd(0.1), 50), num_newton_steps=1, rtol=1e-2)
+    estimator = hg.Implicit(
+        hg.Descent(optax.sgd(0.1), 50), num_newton_steps=1, rtol=1e-2
+    )
     problem = hg.Bilevel(double_well, squared_distance, factor)
     return run_estimator(problem, estimator, jnp.asarray(w), jnp.asarray(1.0))
 
@@ -547,7 +548,7 @@ def test_a_start_beside_a_saddle_is_left(num_newton_steps):
         ),
         lambda w, alpha, batch: w[0] ** 2 + 0 * w[1],
     )
-    solver = hg.Descent(sgd(0.1), 500)
+    solver = hg.Descent(optax.sgd(0.1), 500)
     estimator = hg.Implicit(solver, num_newton_steps=num_newton_steps, rtol=1e-2)
     result = run_estimator(problem, estimator, jnp.array([1.0, 5e-3]), jnp.asarray(1.0))
     assert result.trusted
@@ -583,7 +584,7 @@ def test_nan_ends_the_rounds():
     assert result.stats["num_inner_steps"] <= 10
 
 
-SOLVER = hg.Descent(sgd(0.1), 10)
+SOLVER = hg.Descent(optax.sgd(0.1), 10)
 REUSED_SKETCH = hg.NystromCG(2, refresh_every=2)
 
 
@@ -622,7 +623,7 @@ def test_a_solver_without_steps_is_differentiated_where_it_starts():
         lambda w, alpha, batch: 0.5 * (w - 3 * alpha) ** 2,
         lambda w, alpha, batch: 0.5 * w**2,
     )
-    estimator = hg.Implicit(hg.Descent(sgd(0.5), 0), rtol=1e-3)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 0), rtol=1e-3)
     estimate = run_estimator(problem, estimator, jnp.array(3.0), jnp.array(1.0))
     assert estimate.value == 4.5
     assert estimate.hypergradient == pytest.approx(9.0)

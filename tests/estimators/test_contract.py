@@ -31,7 +31,6 @@ from tests.estimator_cases import (
     ridge_outer,
     ridge_penalty,
     ridge_solution,
-    sgd,
 )
 from tests.loops import TO_ZERO, Stateless
 
@@ -123,7 +122,7 @@ def test_nan_in_the_data_is_not_trusted(name, where):
 RIDGE_ESTIMATORS = {
     "Newton": hg.Implicit(hg.Newton()),
     "LBFGS, LU": hg.Implicit(hg.LBFGS(), lx.LU()),
-    "Descent, Neumann": hg.Implicit(hg.Descent(sgd(0.3), 300), hg.Neumann(200)),
+    "Descent, Neumann": hg.Implicit(hg.Descent(optax.sgd(0.3), 300), hg.Neumann(200)),
     "ClosedForm": hg.Implicit(hg.ClosedForm(ridge_solution)),
     "Unrolled": hg.Unrolled(converging_descent(RIDGE)),
 }
@@ -166,7 +165,7 @@ def test_estimate_is_determined_by_its_key(make_estimator, with_key):
     loss = noisy_ridge if with_key else ridge_penalty
     train = hg.Batches(RIDGE_DATA[0], 8, with_key=with_key)
     problem = hg.Bilevel(loss, ridge_outer, train, hg.Batches(RIDGE_DATA[1]))
-    estimator = make_estimator(hg.Descent(sgd(0.1), 20), outer_batch_size=7)
+    estimator = make_estimator(hg.Descent(optax.sgd(0.1), 20), outer_batch_size=7)
     gradient_fn = hg.hypergradient(problem, estimator)
     results = [
         (estimate.hypergradient, estimate.w)
@@ -208,7 +207,7 @@ def test_start_that_depends_on_alpha_is_computed_for_each_estimate(make_estimato
 @pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
 def test_inner_grad_norm_is_the_norm_at_the_estimate(make_estimator):
     """``||dL/dw||`` where five steps of gradient descent stopped, by NumPy."""
-    estimator = make_estimator(hg.Descent(sgd(0.1), 5))
+    estimator = make_estimator(hg.Descent(optax.sgd(0.1), 5))
     estimate = hg.hypergradient(RIDGE.problem, estimator)(RIDGE.w, RIDGE.alpha)
     x, y = RIDGE_DATA[0]["x"], RIDGE_DATA[0]["y"]
     w = estimate.w
@@ -221,6 +220,6 @@ def test_inner_grad_norm_is_the_norm_at_the_estimate(make_estimator):
 @pytest.mark.parametrize("make_estimator", [hg.Implicit, hg.Unrolled])
 def test_diverging_inner_loop_is_not_trusted(make_estimator):
     """Gradient descent with five times the largest stable step overflows."""
-    estimator = make_estimator(hg.Descent(sgd(5 * RIDGE.step), 2000))
+    estimator = make_estimator(hg.Descent(optax.sgd(5 * RIDGE.step), 2000))
     estimate = hg.hypergradient(RIDGE.problem, estimator)(RIDGE.w, RIDGE.alpha)
     assert not estimate.trusted

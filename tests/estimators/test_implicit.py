@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
 import pytest
 
 import hypergrad as hg
@@ -37,7 +38,6 @@ from tests.estimator_cases import (
     run_estimator,
     saddle_inner,
     saddle_outer,
-    sgd,
 )
 
 LOGISTIC = get_reference("logistic per-weight")
@@ -99,7 +99,7 @@ def test_outer_loss_without_w_has_only_the_direct_term():
     """``M = sum(alpha^2)`` is exact and trusted wherever the inner solver stops."""
     outer = lambda w, alpha, batch: jnp.sum(alpha**2)
     problem = hg.Bilevel(ridge_penalty, outer, RIDGE_DATA[0])
-    estimator = hg.Implicit(hg.Descent(sgd(0.3), 3))
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.3), 3))
     estimate = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
     chex.assert_trees_all_close(estimate.hypergradient, 2 * RIDGE.alpha, rtol=1e-14)
     assert estimate.trusted
@@ -128,7 +128,7 @@ def test_damping_is_added_to_the_hessian():
 def test_published_errors_on_the_logistic_problem_of_grazzi(method, number):
     """Errors at T = 100 of a NumPy re-run of hypertorch's notebook, within 2%."""
     reference, exact = grazzi()
-    solver = hg.Descent(sgd(0.1), 100)
+    solver = hg.Descent(optax.sgd(0.1), 100)
     estimator = {
         "CG": hg.Implicit(solver, hg.CG(max_steps=number, preconditioner=None)),
         "Neumann": hg.Implicit(solver, hg.Neumann(number, 0.1)),
@@ -145,7 +145,7 @@ def test_published_errors_on_the_logistic_problem_of_grazzi(method, number):
 
 def test_newton_steps_reduce_the_error():
     """After a logistic loop that stopped at 20%, each step leaves a tenth at most."""
-    solver = hg.Descent(sgd(LOGISTIC.step), 8)
+    solver = hg.Descent(optax.sgd(LOGISTIC.step), 8)
     exact, errors = LOGISTIC.exact(LOGISTIC.alpha), []
     for num_newton_steps in (0, 1, 2):
         estimator = hg.Implicit(solver, num_newton_steps=num_newton_steps)
@@ -177,7 +177,7 @@ def test_newton_step_that_increases_the_gradient_is_rejected():
 @pytest.mark.parametrize("name", ["CG", "LU", "BiCGStab"])
 def test_early_stop_of_the_inner_loop_is_not_trusted(name):
     """Five steps leave an error of more than 10%, and the reason is the inner error."""
-    solver = hg.Descent(sgd(0.1 * RIDGE.step), 5)
+    solver = hg.Descent(optax.sgd(0.1 * RIDGE.step), 5)
     estimate = run_estimator(RIDGE, hg.Implicit(solver, LINEAR_SOLVERS[name]))
     assert error(estimate.hypergradient, RIDGE.exact(RIDGE.alpha)) > 0.1
     assert failed_checks(estimate) == {"inner_error"}
@@ -187,7 +187,7 @@ def test_small_error_of_w_near_the_outer_optimum_is_not_trusted():
     """w is off by 0.4%, but ``dM/dw = w - 1`` has the wrong sign there."""
     inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
     outer = lambda w, alpha, batch: 0.5 * (w - 1) ** 2
-    estimator = hg.Implicit(hg.Descent(sgd(0.5), 8))
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.5), 8))
     estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(0.0, 1.001)
     assert estimate.hypergradient < 0
     assert failed_checks(estimate) == {"inner_error"}
@@ -198,7 +198,7 @@ def test_zero_outer_gradient_does_not_hide_the_inner_error():
     inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
     outer = lambda w, alpha, batch: 0.5 * jnp.sum((w - 1.0) ** 2)
     for linear_solver in (hg.CG(), lx.LU()):
-        estimator = hg.Implicit(hg.Descent(sgd(0.1), 0), linear_solver)
+        estimator = hg.Implicit(hg.Descent(optax.sgd(0.1), 0), linear_solver)
         gradient_fn = hg.hypergradient(hg.Bilevel(inner, outer), estimator)
         estimate = gradient_fn(jnp.ones(2), jnp.full(2, 3.0))
         assert not np.any(estimate.hypergradient)
@@ -217,7 +217,7 @@ def run_at_stationary_point(spectrum, target, estimator):
     return hg.hypergradient(problem, estimator)(jnp.zeros(size), jnp.zeros(size))
 
 
-ONE_STEP = hg.Descent(sgd(0.1), 1)
+ONE_STEP = hg.Descent(optax.sgd(0.1), 1)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_batch_estimates_are_those_of_single_examples():
     that the mean over outer examples is the full hypergradient.
     """
     problem, reference = ridge_of_five_examples()
-    solver = hg.Descent(sgd(reference.step), 400)
+    solver = hg.Descent(optax.sgd(reference.step), 400)
     estimator = hg.Implicit(solver, adjoint_batch_size=1, outer_batch_size=1)
     gradient_fn = hg.hypergradient(problem, estimator)
     num_keys, num_examples = 400, reference.alpha.size
@@ -408,7 +408,7 @@ def test_a_warm_started_adjoint_costs_fewer_products():
 def test_cost_of_an_estimate(batch_size, adjoint_batch_size, outer_batch_size):
     """T gradients, the products of a series, and an outer gradient."""
     estimator = hg.Implicit(
-        hg.Descent(sgd(0.3), 12),
+        hg.Descent(optax.sgd(0.3), 12),
         hg.Neumann(5, 0.3),
         estimate_error=False,
         adjoint_batch_size=adjoint_batch_size,
@@ -443,7 +443,7 @@ def test_products_shared_by_several_losses_count_once(linear_solver, num_product
     problem = hg.Bilevel(
         ridge_penalty, SEVERAL_LOSSES, data.inner_data, data.outer_data
     )
-    solver = hg.Descent(sgd(0.3), 12)
+    solver = hg.Descent(optax.sgd(0.3), 12)
     estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
     stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
     assert stats["num_hvps"] == num_products
@@ -460,7 +460,7 @@ def test_a_loss_without_w_takes_the_products_of_the_slower_solve(linear_solver):
         problem = hg.Bilevel(
             ridge_penalty, outer_losses, data.inner_data, data.outer_data
         )
-        solver = hg.Descent(sgd(0.3), 12)
+        solver = hg.Descent(optax.sgd(0.3), 12)
         estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
         return hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats[
             "num_hvps"
@@ -497,7 +497,7 @@ class OwnScaling(hg.MINRES):
 )
 def test_minres_uses_the_scaling_that_the_error_estimate_needs(options, num_saved):
     """It would find the same by the six columns of ``H``, unless ``H`` is damped."""
-    solver = hg.Descent(sgd(0.3), 12)
+    solver = hg.Descent(optax.sgd(0.3), 12)
     given, own = (
         hg.hypergradient(LOGISTIC.problem, hg.Implicit(solver, minres, **options))(
             LOGISTIC.w, LOGISTIC.alpha
@@ -515,7 +515,7 @@ def test_each_of_several_outer_losses_is_evaluated_twice(linear_solver):
     pairs = [counted(loss, per_point=True) for loss in SEVERAL_LOSSES]
     losses, calls = zip(*pairs, strict=True)
     problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
-    estimator = hg.Implicit(hg.Descent(sgd(0.3), 12), linear_solver)
+    estimator = hg.Implicit(hg.Descent(optax.sgd(0.3), 12), linear_solver)
     state = estimator.init(problem, RIDGE.w, RIDGE.alpha)
     estimate = jax.jit(functools.partial(estimator.estimate, problem))
     assert not any(calls)
@@ -531,7 +531,7 @@ def test_each_of_several_outer_losses_is_evaluated_twice(linear_solver):
         pytest.param(hg.Newton(), hg.CG(), id="Newton, CG"),
         pytest.param(hg.LBFGS(), hg.Neumann(7), id="LBFGS, Neumann"),
         pytest.param(
-            hg.Descent(sgd(0.3), 9), LINEAR_SOLVERS["GMRES"], id="Descent, GMRES"
+            hg.Descent(optax.sgd(0.3), 9), LINEAR_SOLVERS["GMRES"], id="Descent, GMRES"
         ),
     ],
 )

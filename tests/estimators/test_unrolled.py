@@ -22,7 +22,6 @@ from tests.estimator_cases import (
     ridge_penalty,
     ridge_with_few_outer_examples,
     run_estimator,
-    sgd,
 )
 from tests.loops import TO_ZERO
 from tests.parameters import slow_except
@@ -30,7 +29,7 @@ from tests.parameters import slow_except
 
 def test_only_the_full_derivative_is_trusted():
     """Five steps are trusted for their own derivative; the last two are not."""
-    solver = hg.Descent(sgd(0.1 * RIDGE.step), 5)
+    solver = hg.Descent(optax.sgd(0.1 * RIDGE.step), 5)
     full = run_estimator(RIDGE, hg.Unrolled(solver))
     truncated = run_estimator(RIDGE, hg.Unrolled(solver, truncation_length=2))
     assert full.trusted
@@ -75,7 +74,7 @@ def test_truncation_stops_at_the_early_steps(checkpoint):
         final_w = gradient_descent(penalized, third_w, alpha, 2)
         return ridge_outer(final_w, None, RIDGE_DATA[1])
 
-    solver = hg.Descent(sgd(0.3), 5)
+    solver = hg.Descent(optax.sgd(0.3), 5)
     estimator = hg.Unrolled(solver, truncation_length=2, checkpoint=checkpoint)
     estimate = hg.hypergradient(problem, estimator)(w, alpha)
     np.testing.assert_allclose(estimate.value, value(alpha), rtol=1e-13)
@@ -83,7 +82,7 @@ def test_truncation_stops_at_the_early_steps(checkpoint):
 
 
 def test_truncation_does_not_reach_a_leaf_that_only_the_start_uses():
-    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 5), truncation_length=2)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.3), 5), truncation_length=2)
     with pytest.raises(ValueError, match="start"):
         hg.hypergradient(START_PROBLEM, estimator)(jnp.zeros(6), START_ALPHA)
 
@@ -108,7 +107,7 @@ def test_schedule_with_one_rate_per_step():
 def test_outer_batches_are_unbiased():
     """Each estimate is that of one outer example, and every example occurs."""
     problem, reference = ridge_of_five_examples()
-    solver = hg.Descent(sgd(reference.step), 400)
+    solver = hg.Descent(optax.sgd(reference.step), 400)
     gradient_fn = hg.hypergradient(problem, hg.Unrolled(solver, outer_batch_size=1))
     keys = jax.random.split(jax.random.key(3), 60)
     run = lambda key: gradient_fn(reference.w, reference.alpha, key).hypergradient
@@ -295,7 +294,7 @@ def test_cost_counts_recomputed_steps(
     """
     data = ridge_with_few_outer_examples(10)
     problem = hg.Bilevel(marked_ridge, ridge_outer, data.inner_data, data.outer_data)
-    solver = hg.Descent(sgd(0.3), num_steps)
+    solver = hg.Descent(optax.sgd(0.3), num_steps)
     estimator = hg.Unrolled(solver, truncation_length, checkpoint)
     gradient_fn = hg.hypergradient(problem, estimator)
     hypergradient = lambda w, alpha: gradient_fn(w, alpha).hypergradient
@@ -317,7 +316,7 @@ def test_cost_of_several_losses():
     data = ridge_with_few_outer_examples(None)
     losses = (ridge_outer, ridge_penalty, ridge_outer)
     problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
-    estimator = hg.Unrolled(hg.Descent(sgd(0.3), 12), checkpoint=False)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.3), 12), checkpoint=False)
     stats = hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats
     assert stats["num_hvps"] == 36
     assert stats["num_outer_grads"] == 3
@@ -329,7 +328,7 @@ def test_a_loss_without_a_finite_derivative_leaves_the_others_theirs(truncation_
     inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
     square = lambda w, alpha, batch: jnp.sum(w**2)
     root = lambda w, alpha, batch: jnp.sum(jnp.sqrt(0 * w))
-    solver, w, alpha = hg.Descent(sgd(0.1), 5), jnp.zeros(2), jnp.ones(2)
+    solver, w, alpha = hg.Descent(optax.sgd(0.1), 5), jnp.zeros(2), jnp.ones(2)
 
     def run(losses, estimator):
         problem = hg.Bilevel(inner, losses)
