@@ -116,8 +116,7 @@ def split(trial: int, num_clean: int = NUM_CLEAN) -> tuple[Data, Data, Data]:
     training images.
     """
     arrays, rng = datasets.load("mnist"), np.random.RandomState(seed_of(trial))
-    is_test = arrays["test"].copy()
-    num_train = int(np.sum(~is_test))
+    num_train = int(np.sum(~arrays["test"]))
     train = slice(NUM_VALIDATION_OF_TENSORFLOW, num_train), slice(num_train, None)
     parts: tuple[list, list, list] = ([], [], [])
     counts = (int(NUM_TRAIN * (1 - SHARE)), int(NUM_TRAIN * (1 - (1 - SHARE))))
