@@ -152,7 +152,7 @@ class Pair:
             verb = "run was" if num_failed == 1 else "runs were"
             return f"{num_failed} {verb} not completed"
         if len(values[0]) < MIN_SEEDS:
-            text = f"{len(values[0])} seeds, {MIN_SEEDS} are needed for an interval"
+            text = f"{MIN_SEEDS} seeds are needed for an interval; got {len(values[0])}"
             return text + self._mean_in_words(rows)
         numbers = np.array([list(by_seed.values()) for by_seed in values])
         if not np.all(np.isfinite(numbers)):

@@ -67,8 +67,8 @@ def test_too_few_seeds_and_missing_numbers_decide_nothing():
     rows[0]["accuracy"] = None
     (missing,) = evaluate_claims((claim,), rows)
     assert few.outcome == missing.outcome == "undecided"
-    assert "4 seeds, 5 are needed for an interval (mean +0.05)" in few.text
-    assert claim.problem([]) == "0 seeds, 5 are needed for an interval"
+    assert "5 seeds are needed for an interval; got 4 (mean +0.05)" in few.text
+    assert claim.problem([]) == "5 seeds are needed for an interval; got 0"
 
 
 def test_pairs_are_matched_by_seed_not_by_order():
