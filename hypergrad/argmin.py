@@ -24,7 +24,7 @@ from .linear import MINRES
 from .linear.base import MatVec, check_linear_solver, solve_linear
 from .linear.equilibration import equilibrate
 from .products import Loss, convert_closure, cross_jvp, hvp
-from .trees import apply_unless, hash_normal, max_machine_eps, safe_norm, scale
+from .trees import apply_unless, hash_normal, machine_eps, safe_norm, scale
 from .validation import (
     as_input_arrays,
     as_key,
@@ -61,8 +61,10 @@ def argmin(
         only at a stationary point, be it a saddle; elsewhere the derivative is NaN. A
         minimum with a singular ``H`` has a derivative if the system has a solution.
         The tolerance is ``eps^0.4`` of the dtype, for ``dL/dw`` and for the Newton step
-        ``H^-1 dL/dw`` relative to ``|w| + |w - w0|``. The error of the derivative is
-        the remaining distance times a factor of third derivatives.
+        ``H^-1 dL/dw`` relative to ``|w| + |w - w0|``, in norms of all parameters: a
+        parameter that is a thousand times larger than the others may hide that they
+        have not converged. The error of the derivative is the remaining distance times
+        a factor of third derivatives.
       linear_solver: Solver of the linear system. Defaults to `MINRES`, which needs no
         minimum and for which the units of ``w`` do not matter. Where the solver does
         not reach its tolerance, the derivative is NaN.
@@ -287,5 +289,5 @@ def _is_near_stationary_point(
     row_norm = safe_norm(scaling.matvec(matvec)(z)) / safe_norm(z)
     size = row_norm * safe_norm(scaling.divide(distances))
     size = size + safe_norm(scaling.multiply(data_change))
-    tol = max_machine_eps(grad) ** STATIONARY_POWER
+    tol = machine_eps(grad) ** STATIONARY_POWER
     return row_norm * safe_norm(scaling.divide(d)) <= tol * size
