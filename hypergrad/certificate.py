@@ -29,7 +29,7 @@ from .implicit.differentiation import (
     max_relative_error,
     zero_adjoint,
 )
-from .implicit.minimum import is_cancelled
+from .implicit.minimum import is_cancelled, outer_gradient_underflows
 from .implicit.newton_correction import (
     CorrectionChecks,
     check_correction,
@@ -94,8 +94,9 @@ CERTIFICATE_REASONS = {
         "inner solver more steps, start elsewhere, or add a penalty on w)"
     ),
     "rounding_error": (
-        "rounding of w changes dM/dw by more than rtol, or the parts of the "
-        "hypergradient cancel up to rounding (use float64, or center the data)"
+        "rounding of w changes dM/dw by more than rtol, the parts of the hypergradient "
+        "cancel up to rounding, or dM/dw underflows in float16 (use float64, or center "
+        "the data)"
     ),
     "lost_derivative": (
         "a loss uses stop_gradient, sign, round, a comparison or an integer made from "
@@ -115,9 +116,10 @@ class Certificate(ResultModule):
         one), its solves reached their tolerances, the steps did not increase
         ``||S dL/dw||``, everything is finite, neither these solves nor the random probe
         met negative curvature, the rounding of ``w`` changes ``dM/dw`` by at most
-        ``rtol``, the two parts of ``h`` do not cancel up to rounding, and no derivative
-        is lost on the way to a loss. A Newton step from a gradient at the level of
-        rounding need not be solved, and one to such a gradient may increase it.
+        ``rtol``, the two parts of ``h`` do not cancel up to rounding, ``dM/dw`` does
+        not underflow in float16, and no derivative is lost on the way to a loss. A
+        Newton step from a gradient at the level of rounding need not be solved, and one
+        to such a gradient may increase it.
       corrected_w: ``w`` after the Newton steps.
       corrected_hypergradient: The hypergradient at ``corrected_w``.
       inner_grad_norm: ``||dL/dw||`` at the given ``w``.
@@ -350,8 +352,11 @@ def compute_certificate(
     flags = lost_derivative_flags(problem, correction.w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
-    cancels = jnp.any(problem.for_each_loss(is_cancelled)(corrected, result.cross))
-    flags["rounding_error"] = is_finite & (~(rounding <= rtol) | cancels)
+    cancels = problem.for_each_loss(is_cancelled)(
+        corrected, result.cross, result.adjoint
+    )
+    is_lost = jnp.any(cancels | outer_gradient_underflows(corrected_point, result.b))
+    flags["rounding_error"] = is_finite & (~(rounding <= rtol) | is_lost)
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,
@@ -394,7 +399,7 @@ def _failed_checks(
         "error": is_finite & ~is_accurate,
         "last_change": is_finite & ~has_converged,
         "not_solved": ~all_solved(checks.solves),
-        "larger_gradient": checks.is_increased,
+        "larger_gradient": checks.is_far,
         "negative_curvature": is_negative,
     }
 

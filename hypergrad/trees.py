@@ -25,14 +25,21 @@ def scalar_dtype(*trees: PyTree) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*jax.tree.leaves(trees)), jnp.float32)
 
 
-def machine_eps(x: PyTree) -> float:
-    """Returns the machine epsilon of the dtype to which the leaves promote."""
-    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(x))).eps)
-
-
-def max_machine_eps(*trees: PyTree) -> float:
-    """Returns the machine epsilon of the coarsest leaf."""
+def machine_eps(*trees: PyTree) -> float:
+    """Returns the machine epsilon of the coarsest leaf, which a product rounds to."""
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(trees))
+
+
+def underflows(x: PyTree) -> Array:
+    """Returns whether a float16 pytree is entirely below the normal range.
+
+    Rounding may then have made it exactly 0, as it does to a mean of many outputs.
+    """
+    leaves = jax.tree.leaves(x)
+    if all(leaf.dtype != jnp.float16 for leaf in leaves):
+        return jnp.asarray(False)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in widen(leaves)]
+    return jnp.max(jnp.stack(sizes)) < float(jnp.finfo(jnp.float16).tiny)
 
 
 def vdot(x: PyTree, y: PyTree) -> Array:

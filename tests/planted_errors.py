@@ -156,9 +156,27 @@ ERRORS = (
         "test_an_adjoint_that_still_grows_is_seen[float64-limit]",
     ),
     PlantedError(
+        "implicit: a Newton step may leave all of the gradient",
+        "implicit/confirmation.py",
+        "MAX_REMAINING_PART = 0.2",
+        "MAX_REMAINING_PART = 1.0",
+        "implicit/test_hidden_errors.py",
+        guard="implicit/test_hidden_errors.py::"
+        "test_a_newton_step_that_converges_linearly_is_not_trusted[4-1.029]",
+    ),
+    PlantedError(
+        "implicit: only the digits of alpha decide whether parts cancel",
+        "implicit/minimum.py",
+        "(4 * machine_eps(h, adjoint))",
+        "(4 * machine_eps(h))",
+        "estimators/test_mixed_dtypes.py",
+        guard="estimators/test_mixed_dtypes.py::"
+        "test_parts_that_cancel_in_the_digits_of_w_are_not_trusted",
+    ),
+    PlantedError(
         "certificate: Newton steps may increase the gradient",
         "certificate.py",
-        '"larger_gradient": checks.is_increased',
+        '"larger_gradient": checks.is_far',
         '"larger_gradient": jnp.asarray(False)',
         "implicit/test_hidden_errors.py",
         guard="implicit/test_hidden_errors.py::"

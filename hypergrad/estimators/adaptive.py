@@ -30,7 +30,7 @@ from ..inner.stopping import make_grad_tolerance
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling
 from ..problem import EstimateData
-from ..trees import all_finite, apply_unless, max_machine_eps, safe_norm
+from ..trees import all_finite, apply_unless, machine_eps, safe_norm
 from .implicit_adjoint import AdjointSolution, solve_adjoint, uses_scaled_cg
 
 MAX_ROUNDS = 8
@@ -342,7 +342,7 @@ class AdaptiveSolve(eqx.Module):
         """
         if not uses_scaled_cg(self.estimator):
             return jnp.asarray(0.0)
-        eps, w_norm = max_machine_eps(w), safe_norm(self.scaling.divide(w))
+        eps, w_norm = machine_eps(w), safe_norm(self.scaling.divide(w))
         return jnp.nan_to_num(ROUNDING_ULPS * eps * linear_stats["ritz_max"] * w_norm)
 
     # Quantities that do not change between rounds.

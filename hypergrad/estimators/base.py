@@ -62,8 +62,8 @@ REASONS = {
     ),
     "ill_conditioned": (
         "rounding errors determine the adjoint, because the inner Hessian is "
-        "ill-conditioned, or the hypergradient, because its parts cancel (use float64, "
-        "center the data, or add a penalty on w)"
+        "ill-conditioned or dM/dw underflows in float16, or the hypergradient, because "
+        "its parts cancel (use float64, center the data, or add a penalty on w)"
     ),
     "certificate": "the certificate does not confirm the estimate",
     "other_curvature": (

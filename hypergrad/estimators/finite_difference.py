@@ -14,7 +14,7 @@ from ..cost import cost_stats
 from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
-from ..trees import add_scale, max_machine_eps, safe_norm
+from ..trees import add_scale, machine_eps, safe_norm
 from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import (
@@ -128,8 +128,8 @@ class FiniteDifference(eqx.Module):
         length = self.epsilon
         if length is None:
             # Both gradients are rounded to the dtypes of alpha.
-            machine_eps = max_machine_eps(w, alpha)
-            length = machine_eps ** (1 / 3) * jnp.maximum(1.0, safe_norm(w))
+            eps = machine_eps(w, alpha)
+            length = eps ** (1 / 3) * jnp.maximum(1.0, safe_norm(w))
 
         def cross_difference(b):
             # J' b = [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e), ||e b|| = length
@@ -293,5 +293,5 @@ def _default_epsilons(alpha: PyTree, results: PyTree) -> Array:
     It is the cube root of the precision of a run, which is at most that of the entry
     and of the results.
     """
-    epsilon = lambda leaf: max_machine_eps(leaf, results) ** (1 / 3)
+    epsilon = lambda leaf: machine_eps(leaf, results) ** (1 / 3)
     return ravel_pytree(jax.tree.map(lambda x: jnp.full_like(x, epsilon(x)), alpha))[0]

@@ -22,7 +22,7 @@ from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..trees import (
     all_finite,
-    max_machine_eps,
+    machine_eps,
     norm_ratio,
     ratio,
     safe_distance,
@@ -225,7 +225,7 @@ class FixedPoint(eqx.Module):
         )
 
         def relative_errors(h, adjoint_changes, final_h, changes):
-            eps, h_norm = max_machine_eps(w), safe_norm(h)
+            eps, h_norm = machine_eps(w), safe_norm(h)
             adjoint_error = remaining_change(adjoint_changes, eps)
             error = safe_distance(final_h, h) + remaining_change(changes, eps)
             return ratio(adjoint_error, h_norm), ratio(error, h_norm)
@@ -317,7 +317,7 @@ class FixedPoint(eqx.Module):
         next_v = optax.tree.add(b, phi_v)
         residual = _relative_to_b(scales, optax.tree.sub(next_v, v)[0], b[0])
         # An iteration stalls where its steps are below half a unit in the last place.
-        rounding = 0.5 * max_machine_eps(v) * _relative_to_b(scales, v[0], b[0])
+        rounding = 0.5 * machine_eps(v) * _relative_to_b(scales, v[0], b[0])
         residual = jnp.maximum(residual, rounding)
         return _Adjoint(v, next_v, cross, changes, residual)
 

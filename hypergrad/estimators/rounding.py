@@ -17,7 +17,15 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..certificate import TRUST_RTOL
-from ..trees import divide, power_of_two_scale, ratio, safe_norm, scale, widen
+from ..trees import (
+    divide,
+    power_of_two_scale,
+    ratio,
+    safe_norm,
+    scale,
+    underflows,
+    widen,
+)
 
 
 def zero_perturbation(w: PyTree) -> PyTree:
@@ -94,13 +102,13 @@ def amplifies_rounding_in_reverse_mode(
       outer_grad: ``dM/dw``.
       init_w, final_w: The first and the last iterate of the run.
     """
-    underflows = _underflows(outer_grad)
+    is_lost = underflows(outer_grad)
     unit = power_of_two_scale(outer_grad)
     errors = jax.tree.map(jnp.multiply, _relative_roundings(init_w), derivative)
     deviation = safe_norm(divide(errors, unit))
     outer_grad = divide(outer_grad, unit)
     error = ratio(deviation, reference_change(outer_grad, init_w, final_w))
-    return loses_half_of_digits(error, max_rounding(init_w)) | underflows
+    return loses_half_of_digits(error, max_rounding(init_w)) | is_lost
 
 
 def amplifies_rounding_in_forward_mode(
@@ -113,25 +121,13 @@ def amplifies_rounding_in_forward_mode(
       outer_grad: ``dM/dw``.
       init_w, final_w: The first and the last iterate of the run.
     """
-    underflows = _underflows(outer_grad)
+    is_lost = underflows(outer_grad)
     outer_grad = divide(widen(outer_grad), power_of_two_scale(outer_grad))
     unit = power_of_two_scale(tangent)
     change = jax.tree.map(jnp.multiply, outer_grad, divide(widen(tangent), unit))
     deviation = max_rounding(init_w) * unit * safe_norm(change)
     error = ratio(deviation, reference_change(outer_grad, init_w, final_w))
-    return loses_half_of_digits(error, max_rounding(init_w)) | underflows
-
-
-def _underflows(outer_grad: PyTree) -> Array:
-    """Returns True if all of a float16 ``dM/dw`` is below the normal range.
-
-    Rounding may then have made it exactly 0, as it does to a mean of many outputs.
-    """
-    leaves = jax.tree.leaves(outer_grad)
-    if all(leaf.dtype != jnp.float16 for leaf in leaves):
-        return jnp.asarray(False)
-    sizes = [jnp.max(jnp.abs(leaf), initial=0) for leaf in widen(leaves)]
-    return jnp.max(jnp.stack(sizes)) < float(jnp.finfo(jnp.float16).tiny)
+    return loses_half_of_digits(error, max_rounding(init_w)) | is_lost
 
 
 def loses_half_of_digits(error: Array, resolution: Array | float) -> Array:

@@ -25,6 +25,11 @@ from .newton_correction import check_correction, correct_by_newton
 #: random quadratics of 60 to 200 parameters no error was a hundred times as large.
 NEGLIGIBLE_PART = 1e-2
 SOLVE_RTOL = 1e-3  # of both solves, relative to their own right-hand sides
+#: Part of ``||S dL/dw||`` that a Newton step may leave. A step towards a minimum of
+#: fourth order, which covers a third of the distance, leaves (2/3)^3 = 0.3, and one in
+#: the tail of an exponential 1/e. Between a second and a fourth power the distance is
+#: at most 4/3 of a step that leaves a fifth.
+MAX_REMAINING_PART = 0.2
 MIN_MAX_STEPS = 25  # that both solves may take, however short that of the adjoint was
 
 
@@ -44,7 +49,8 @@ def confirm_error(
 
     where ``w+`` is known up to rounding. It is infinite if one of them is not solved in
     as many products as the adjoint took, or 25 at least, meets negative curvature, or
-    increases ``||S dL/dw||`` beyond rounding. Any other error stays as it is.
+    leaves more than a fifth of ``||S dL/dw||``, and more than rounding. Any other error
+    stays as it is.
 
     Args:
       point, scaling: As for `scaled_hypergradient`.
@@ -77,8 +83,10 @@ def confirm_error(
             max_steps=max_steps,
             changes_rounding=True,
         )
-        checks = check_correction(correction, result.inner_grad, scaling, point)
-        is_confirmed = all_solved(checks.solves) & ~checks.is_increased
+        checks = check_correction(
+            correction, result.inner_grad, scaling, point, max_ratio=MAX_REMAINING_PART
+        )
+        is_confirmed = all_solved(checks.solves) & ~checks.is_far
         is_confirmed &= ~any_negative_curvature(checks.solves)
         change = jnp.where(is_confirmed, correction.last_change, jnp.inf)
         change = change.astype(error.correction.dtype)

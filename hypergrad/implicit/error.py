@@ -21,7 +21,6 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree, Scalar
 
-from ..jaxprs.inspection import uses_w
 from ..linear.base import MatVec
 from ..linear.equilibration import Scaling
 from ..linear.scaled_cg import ScaledSolution, add_gradient_step, scaled_cg
@@ -47,8 +46,10 @@ from .minimum import (
     curvature_vanishes,
     gradient_rounding,
     is_cancelled,
+    outer_gradient_underflows,
     perturb_by_rounding,
     scales_of_rounding,
+    uses_w_in_each_loss,
 )
 
 NUM_DIRECTIONS = 2  # random directions ``u`` of ``alpha``
@@ -108,7 +109,8 @@ class HypergradientError(NamedTuple):
       adjoint_residual: ``||S (b - H v)|| / ||S b||``.
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
-      ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`, or `is_cancelled`.
+      ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`, `is_cancelled`, or
+        `outer_gradient_underflows`.
     """
 
     correction: Scalar
@@ -271,8 +273,7 @@ def estimate_error(
     Source: the dual-weighted residual, Becker & Rannacher 2001, applied to the pair of
     ``w`` and its adjoint.
     """
-    problem, w, alpha, _, outer_batch = point
-    losses = problem.outer_losses
+    problem, w, alpha, *_ = point
     is_moving = ~is_zero(result.inner_grad)
     scaled_norm = lambda x: safe_norm(scaling.multiply(x))
     correct = problem.for_each_loss(lambda d: add_scale(w, -1, d))
@@ -304,8 +305,7 @@ def estimate_error(
     parts = _Parts(
         result.hypergradient, result.b, result.adjoint, result.cross, result.residual
     )
-    reads_w = jnp.array([uses_w(loss, w, alpha, outer_batch) for loss in losses])
-    reads_w = reads_w.reshape(problem.value_shape)
+    reads_w = uses_w_in_each_loss(point)
     errors, model_errors = problem.for_each_loss(error_of_loss)(
         parts, terms, new_w, new_b, new_direct, reads_w
     )
@@ -319,8 +319,14 @@ def estimate_error(
     # All losses make the product if one of them needs it.
     is_checked = terms.is_negative & (terms.curvature_min < 0)
     num_negative = is_checked.size * jnp.any(is_checked)
-    num_products = NUM_ERROR_PRODUCTS * len(losses) + num_negative + num_scale_products
-    errors = errors._replace(relative_change=changes)
+    num_products = (
+        NUM_ERROR_PRODUCTS * is_checked.size + num_negative + num_scale_products
+    )
+    errors = errors._replace(
+        relative_change=changes,
+        ill_conditioned=errors.ill_conditioned
+        | outer_gradient_underflows(point, result.b),
+    )
     return jax.tree.map(jnp.max, errors), num_products
 
 
@@ -392,7 +398,8 @@ def _relative_errors(
         adjoint_change=jnp.where(has_change, adjoint_change, 0.0),
         adjoint_residual=norm_ratio(residual, scaled_b),
         negative_curvature=terms.is_negative,
-        ill_conditioned=terms.is_ill_conditioned | is_cancelled(result.h, result.cross),
+        ill_conditioned=terms.is_ill_conditioned
+        | is_cancelled(result.h, result.cross, result.adjoint),
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from ..jaxprs.inspection import uses_w
 from ..linear.base import MatVec
 from ..linear.equilibration import Scaling
 from ..products import value_and_hvp
@@ -16,12 +17,13 @@ from ..trees import (
     cast_like,
     divide,
     hash_normal,
-    max_machine_eps,
+    machine_eps,
     norm,
     norm_ratio,
     power_of_two_scale,
     safe_norm,
     scale,
+    underflows,
     vdot,
 )
 from .differentiation import Point
@@ -149,7 +151,19 @@ def gradient_rounding(
     return jnp.where(jnp.isfinite(rounding), rounding, 0.0)
 
 
-def is_cancelled(h: PyTree, cross: PyTree) -> Array:
+def uses_w_in_each_loss(point: Point) -> Array:
+    """Returns whether each outer loss uses ``w``, ``[*K]``."""
+    problem, w, alpha, _, outer_batch = point
+    uses = [uses_w(loss, w, alpha, outer_batch) for loss in problem.outer_losses]
+    return jnp.array(uses).reshape(problem.value_shape)
+
+
+def outer_gradient_underflows(point: Point, b: PyTree) -> Array:
+    """Returns whether ``dM/dw`` of a loss that uses ``w`` underflows, ``[*K]``."""
+    return uses_w_in_each_loss(point) & point.problem.for_each_loss(underflows)(b)
+
+
+def is_cancelled(h: PyTree, cross: PyTree, adjoint: PyTree) -> Array:
     """Returns whether the parts of ``h = dM/dalpha - J'v`` cancel up to rounding.
 
     It is so if their rounding errors, ``4 eps |J'v|``, may exceed 1% of ``|h|``, and
@@ -158,8 +172,9 @@ def is_cancelled(h: PyTree, cross: PyTree) -> Array:
     Args:
       h: The hypergradient of one outer loss.
       cross: ``J'v``.
+      adjoint: ``v``. The coarsest leaf of ``v`` and ``h`` decides on rounding.
     """
-    max_ratio = max(2.0, MAX_ROUNDING_OF_H / (4 * max_machine_eps(h)))
+    max_ratio = max(2.0, MAX_ROUNDING_OF_H / (4 * machine_eps(h, adjoint)))
     unit = power_of_two_scale(cross)
     return norm(divide(cross, unit)) > max_ratio * norm(divide(h, unit))
 

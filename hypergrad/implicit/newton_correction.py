@@ -95,12 +95,13 @@ class CorrectionChecks(NamedTuple):
 
     Attributes:
       solves: Statistics of the two solves of the last step.
-      is_increased: Whether the steps increased ``||S dL/dw||`` beyond rounding.
+      is_far: Whether more than ``max_ratio`` of ``||S dL/dw||`` remains after the
+        steps, and more than rounding.
       num_products: Number of products that this took.
     """
 
     solves: list[LinearStats]
-    is_increased: Array
+    is_far: Array
     num_products: Array
 
 
@@ -109,6 +110,8 @@ def check_correction(
     inner_grad: PyTree,
     scaling: Scaling,
     point: Point,
+    *,
+    max_ratio: float = 1.0,
 ) -> CorrectionChecks:
     """Returns what decides on trust in Newton steps.
 
@@ -123,22 +126,23 @@ def check_correction(
       inner_grad: ``dL/dw`` before the first one.
       scaling: ``S``.
       point: Where the steps started.
+      max_ratio: Part of ``||S dL/dw||`` that may remain, unless it is rounding.
     """
     newton_stats, adjoint_stats = correction.solves[-2:]
     is_solved = newton_stats["is_solved"]
     scaled_norm = lambda grad: safe_norm(scaling.multiply(grad))
     new_norm = scaled_norm(correction.result.inner_grad)
-    is_increased = new_norm > scaled_norm(inner_grad)
+    is_far = new_norm > max_ratio * scaled_norm(inner_grad)
     grad_scale, residual_scale, num_products = scales_of_rounding(
-        point._replace(w=correction.previous_w), scaling, ~is_solved | is_increased
+        point._replace(w=correction.previous_w), scaling, ~is_solved | is_far
     )
     is_rounding = ~is_solved & is_stationary(correction.previous_grad, grad_scale)
     newton_stats = newton_stats | {
         "is_solved": is_solved | is_rounding,
         "negative_curvature": newton_stats["negative_curvature"] & ~is_rounding,
     }
-    is_increased &= new_norm > gradient_rounding(grad_scale, residual_scale, scaling)
-    return CorrectionChecks([newton_stats, adjoint_stats], is_increased, num_products)
+    is_far &= new_norm > gradient_rounding(grad_scale, residual_scale, scaling)
+    return CorrectionChecks([newton_stats, adjoint_stats], is_far, num_products)
 
 
 def outer_gradient_rounding(point: Point, scaling: Scaling, b: PyTree) -> Array:

@@ -15,7 +15,6 @@ from ..trees import (
     all_finite,
     divide,
     machine_eps,
-    max_machine_eps,
     norm,
     power_of_two_scale,
     safe_norm,
@@ -158,7 +157,7 @@ def minimum_residual(
     b, x = divide(b, unit), divide(y0, unit)
     x, r, num_products = first_residual(matvec, b, x)
     # The matvec rounds as its shortest leaf does.
-    tol = jnp.maximum(jnp.asarray(rtol), 4 * max_machine_eps(b)) * norm(b)
+    tol = jnp.maximum(jnp.asarray(rtol), 4 * machine_eps(b)) * norm(b)
 
     def cond_fun(carry):
         _, r, _, num_steps, num_passes, is_progressing, *_ = carry

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, PyTree, Scalar
 
 from ..trees import (
     add_scale,
@@ -29,6 +29,9 @@ from .equilibration import Scaling
 
 MIN_STEPS = 2  # after which the last change says something about the error
 DEFAULT_RTOL_EXPONENT = 0.75  # of the machine epsilon
+# An epsilon above that of float32 says nothing about what a residual leaves unsolved:
+# 4 eps of float16 is 4e-3, which a slow direction turns into an error of any size.
+MAX_EPS_OF_RESIDUAL = 2.0**-23
 EXHAUSTED_RATIO = 1e-6  # of residuals in two steps, after which nothing is left
 
 
@@ -147,8 +150,8 @@ def scaled_cg(
     units = jax.vmap(power_of_two_scale)(all_rhs)
     all_rhs = jax.vmap(divide)(all_rhs, units)
     b_norm = norm(_row(all_rhs, 0))
-    rounding = 4 * eps * b_norm
-    tol = jnp.maximum(jnp.asarray(rtol) * b_norm, rounding)
+    rounding = 4 * min(eps, MAX_EPS_OF_RESIDUAL) * b_norm
+    tol = jnp.maximum(jnp.asarray(rtol), 4 * eps) * b_norm
     scaled_matvec = scaling.matvec(matvec)
     if subspace is not None:
         subspace = jax.vmap(scaling.divide)(subspace)
@@ -265,7 +268,7 @@ def _step(matvec: MatVec, state: _State) -> _State:
 def _expected_error(state: _State, dimension: int, b_norm: Array, eps: float) -> PyTree:
     """Returns `ScaledSolution.expected_error`, in the coordinates of ``S H S``."""
     residual = jnp.sqrt(state.rr)
-    has_error = residual > 40 * eps * b_norm
+    has_error = residual > 40 * min(eps, MAX_EPS_OF_RESIDUAL) * b_norm
     has_error &= state.rr > EXHAUSTED_RATIO**2 * state.earlier_rr
     is_solved = residual <= eps**DEFAULT_RTOL_EXPONENT * b_norm
     has_error &= ~((state.num_steps >= dimension) & is_solved)
@@ -355,7 +358,7 @@ def _project(
     if size > 1:
         eps = machine_eps(W)
         gram = jnp.nan_to_num(jnp.outer(d, d) * (gram + gram.T) / 2)
-        eigenvalues, q = _symmetric_eigh(gram)
+        eigenvalues, q = jnp.linalg.eigh(gram)
         # Smaller eigenvalues are those of nearly dependent vectors, mostly rounding.
         is_negative |= jnp.any(eigenvalues < -(eps**0.5))
         is_used = eigenvalues > eps**0.5
@@ -368,21 +371,3 @@ def _project(
     residuals = optax.tree.sub(all_rhs, combine(HW))
     num_products = jnp.where(is_empty, 0, size)
     return combine(W), residuals, is_negative & ~is_empty, num_products
-
-
-def _symmetric_eigh(
-    matrix: Float[Array, "k k"],
-) -> tuple[Float[Array, " k"], Float[Array, "k k"]]:
-    """Returns the eigenvalues, in any order, and eigenvectors of a symmetric matrix.
-
-    The one of a single outer loss has two rows, which a rotation makes diagonal. The
-    first program with a call of LAPACK imports scipy, which takes half a second.
-    """
-    if matrix.shape[0] != 2:
-        return jnp.linalg.eigh(matrix)
-    # [[a, b], [b, c]] is diagonal after a rotation by t with tan 2t = 2 b / (a - c).
-    (a, b), (_, c) = matrix
-    angle = jnp.arctan2(2 * b, a - c) / 2
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    q = jnp.array([[cos, -sin], [sin, cos]])
-    return jnp.diagonal(q.T @ matrix @ q), q

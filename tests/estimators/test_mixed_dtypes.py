@@ -144,14 +144,83 @@ def test_contributions_of_many_steps_are_summed_in_float32(name, dtype):
     np.testing.assert_allclose(estimate.hypergradient.astype(float), 3.0, rtol=4e-3)
 
 
-@pytest.mark.parametrize("make", [hg.Unrolled, hg.Forward])
-def test_an_outer_gradient_that_underflows_is_not_trusted(make):
+@pytest.mark.parametrize("make", [hg.Unrolled, hg.Forward, hg.Implicit])
+@pytest.mark.parametrize(
+    ("factor", "is_trusted"), [(1.0, True), (1e-6, False), (1e-8, False)]
+)
+def test_an_outer_gradient_that_underflows_is_not_trusted(make, factor, is_trusted):
     """The smallest number of float16 is 6e-8, and below 6e-5 digits are lost."""
     widen = lambda w: w.astype("float32")
     inner = lambda w, alpha, batch: 0.5 * jnp.sum((widen(w) - alpha) ** 2)
+    outer = lambda w, alpha, batch: factor * jnp.sum((widen(w) - 2) ** 2)
     w, alpha = jnp.zeros(3, "float16"), jnp.ones(3, "float32")
-    for factor, is_trusted in ((1.0, True), (1e-6, False), (1e-8, False)):
-        outer = lambda w, alpha, batch, c=factor: c * jnp.sum((widen(w) - 2) ** 2)
-        estimator = make(hg.Descent(optax.sgd(0.5), 20))
-        estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(w, alpha)
-        assert estimate.trusted == is_trusted
+    problem = hg.Bilevel(inner, outer)
+    estimator = make(hg.Descent(optax.sgd(0.5), 20))
+    estimate = hg.hypergradient(problem, estimator)(w, alpha)
+    assert estimate.trusted == is_trusted
+    certificate = hg.certify(problem, estimate.w, alpha, estimate.hypergradient)
+    assert certificate.trusted == is_trusted
+
+
+def test_an_outer_loss_without_w_is_trusted_in_float16():
+    """Its gradient is zero, and nothing is lost."""
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(alpha**2))
+    w = alpha = jnp.ones(3, "float16")
+    estimate = hg.hypergradient(problem, hg.Implicit(SOLVER))(w, alpha)
+    assert estimate.trusted
+    assert hg.certify(problem, w, alpha, estimate).trusted
+
+
+NO_STEPS = hg.Descent(optax.sgd(0.0), 0)
+
+
+def test_parts_that_cancel_in_the_digits_of_w_are_not_trusted():
+    """``h = dM/dalpha - J'v`` is ``difference``; ``v`` is 1/3 in float32."""
+    difference = 1e-7
+    inner = lambda w, alpha, batch: 0.5 * (w - alpha) ** 2
+    outer = lambda w, alpha, batch: w / 3 - (1 / 3 - difference) * alpha
+    problem = hg.Bilevel(inner, outer)
+    w, alpha = jnp.ones((), "float32"), jnp.ones((), "float64")
+    estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+    assert abs(estimate.hypergradient / difference - 1) > 0.05
+    assert estimate.flags["ill_conditioned"]
+    assert not hg.certify(problem, w, alpha, estimate).trusted
+
+
+def test_a_slow_direction_below_the_rounding_of_float16_is_seen():
+    """After one step the residual is 4 eps, and 3/8 of the hypergradient are missing.
+
+    H has the eigenvalue 1 - 2 ratio = 0.0098 along ``(1, 1, 1)``, and ``b`` is almost
+    orthogonal to it. The truth is ``1 + 3 small / 0.0098``.
+    """
+    ratio, small = 507 / 1024, 2.0**-9
+    H = ((1 + ratio) * jnp.eye(3) - ratio * jnp.ones((3, 3))).astype("float16")
+    b = jnp.array([1 + small, -1 + small, small], "float16")
+    inner = lambda w, alpha, batch: w @ H @ w / 2 - alpha * jnp.sum(w)
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: b @ w + alpha)
+    w, alpha = jnp.zeros(3, "float16"), jnp.zeros((), "float16")
+    estimate = hg.hypergradient(problem, hg.Implicit(NO_STEPS))(w, alpha)
+    truth = 1 + 3 * small / (1 - 2 * ratio)
+    is_right = abs(estimate.hypergradient / truth - 1) <= 0.02
+    assert is_right or not estimate.trusted
+
+
+def test_a_float64_leaf_does_not_hide_that_others_are_ill_conditioned():
+    """The condition number of ``w["a"]`` in float32 is that of features around 1000."""
+    key = jax.random.key(0)
+    x = 1000 + jax.random.normal(key, (40, 10), "float32")
+    y = x @ jnp.linspace(-1, 1, 10, dtype="float32")
+
+    def fit(w):
+        return 0.5 * jnp.mean((x @ w["a"] - y) ** 2)
+
+    def inner(w, alpha, batch):
+        penalty = 0.5 * jnp.sum(jnp.exp(alpha) * w["a"] ** 2)
+        return fit(w) + penalty + 0.5 * (w["c"] - 1) ** 2
+
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: fit(w) + w["c"] ** 2)
+    gradient_fn = hg.hypergradient(problem, hg.Implicit(NO_STEPS))
+    w = {"a": jnp.zeros(10, "float32"), "c": jnp.ones((), "float64")}
+    estimate = gradient_fn(w, jnp.full(10, -4.0, "float32"))
+    assert estimate.flags["ill_conditioned"]

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -238,37 +237,3 @@ def test_a_nearly_dependent_subspace_does_no_harm(dtype):
     error = np.linalg.norm(solution.v - expected) / np.linalg.norm(expected)
     assert solution.is_solved
     assert error < (1e-4 if dtype == "float32" else 1e-10)
-
-
-@pytest.mark.parametrize(
-    "matrix",
-    [
-        [[1.0, 0.3], [0.3, 1.0]],
-        [[1.0, -0.999999], [-0.999999, 1.0]],
-        [[1.0, 1.0], [1.0, 1.0]],
-        [[1.0, 1.7], [1.7, 1.0]],
-        [[1.0, 0.0], [0.0, 0.0]],
-        [[0.0, 0.0], [0.0, 1.0]],
-        [[0.0, 0.0], [0.0, 0.0]],
-        [[-2.0, 0.5], [0.5, 3.0]],
-    ],
-    ids=str,
-)
-def test_the_eigenvectors_of_two_rows_are_those_of_lapack(matrix):
-    eigenvalues, q = scaled_cg_module._symmetric_eigh(jnp.array(matrix))
-    np.testing.assert_allclose(
-        np.sort(eigenvalues), np.linalg.eigvalsh(matrix), atol=1e-15
-    )
-    np.testing.assert_allclose(q @ jnp.diag(eigenvalues) @ q.T, matrix, atol=1e-15)
-    np.testing.assert_allclose(q.T @ q, np.eye(2), atol=1e-15)
-
-
-@pytest.mark.parametrize(("size", "has_call"), [(2, False), (3, True)])
-def test_a_subspace_of_two_vectors_compiles_without_lapack(size, has_call):
-    """JAX imports scipy when it lowers a call of LAPACK."""
-    b = jnp.ones(3)
-    solve = lambda b, subspace: scaled_cg(
-        lambda v: 2 * v, b, no_scaling(b), subspace=subspace
-    )
-    program = jax.jit(solve).lower(b, jnp.eye(3)[:size]).as_text()
-    assert ("lapack" in program) == has_call
