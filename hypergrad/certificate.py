@@ -29,7 +29,7 @@ from .implicit.differentiation import (
     max_relative_error,
     zero_adjoint,
 )
-from .implicit.minimum import is_cancelled, outer_gradient_underflows
+from .implicit.minimum import is_cancelled, uses_w_in_each_loss
 from .implicit.newton_correction import (
     CorrectionChecks,
     check_correction,
@@ -39,7 +39,7 @@ from .implicit.newton_correction import (
 from .keys_in_w import bind_keys, restore_keys
 from .linear.equilibration import equilibrate
 from .problem import Bilevel, EstimateData
-from .trees import all_finite, safe_norm
+from .trees import all_finite, safe_norm, underflows
 from .validation import (
     as_input_arrays,
     as_key,
@@ -352,11 +352,10 @@ def compute_certificate(
     flags = lost_derivative_flags(problem, correction.w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
-    cancels = problem.for_each_loss(is_cancelled)(
-        corrected, result.cross, result.adjoint
-    )
-    is_lost = jnp.any(cancels | outer_gradient_underflows(corrected_point, result.b))
-    flags["rounding_error"] = is_finite & (~(rounding <= rtol) | is_lost)
+    per_loss = problem.for_each_loss
+    is_lost = per_loss(is_cancelled)(corrected, result.cross, result.adjoint)
+    is_lost |= uses_w_in_each_loss(corrected_point) & per_loss(underflows)(result.b)
+    flags["rounding_error"] = is_finite & (~(rounding <= rtol) | jnp.any(is_lost))
     mu = jnp.nan if strong_convexity is None else strong_convexity
     return Certificate(
         error_estimate=error,

@@ -61,7 +61,8 @@ def confirm_error(
     Returns:
       The error, the number of products, and that of gradients of each outer loss.
 
-    Cost: two solves, two products and an outer gradient per loss where it decides.
+    Cost: two solves, two products and an outer gradient per loss where it decides, and
+    nine products if the step leaves more than a fifth of the gradient or is not solved.
     """
     largest_error = jnp.maximum(error.inner_error, error.adjoint_error)
     # A confirmation costs at most two solves as long as the one for the adjoint.

@@ -39,6 +39,7 @@ from ..trees import (
     power_of_two_scale,
     ratio,
     safe_norm,
+    underflows,
     vdot,
 )
 from .differentiation import ImplicitResult, Point
@@ -46,7 +47,6 @@ from .minimum import (
     curvature_vanishes,
     gradient_rounding,
     is_cancelled,
-    outer_gradient_underflows,
     perturb_by_rounding,
     scales_of_rounding,
     uses_w_in_each_loss,
@@ -110,7 +110,7 @@ class HypergradientError(NamedTuple):
       negative_curvature: Whether the solve for the terms met negative curvature that
         does not vanish near the argmin.
       ill_conditioned: ``is_ill_conditioned`` of `CorrectionTerms`, `is_cancelled`, or
-        `outer_gradient_underflows`.
+        `underflows` for the gradient of an outer loss that uses ``w``.
     """
 
     correction: Scalar
@@ -322,10 +322,9 @@ def estimate_error(
     num_products = (
         NUM_ERROR_PRODUCTS * is_checked.size + num_negative + num_scale_products
     )
+    is_lost = reads_w & problem.for_each_loss(underflows)(result.b)
     errors = errors._replace(
-        relative_change=changes,
-        ill_conditioned=errors.ill_conditioned
-        | outer_gradient_underflows(point, result.b),
+        relative_change=changes, ill_conditioned=errors.ill_conditioned | is_lost
     )
     return jax.tree.map(jnp.max, errors), num_products
 

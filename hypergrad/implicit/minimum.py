@@ -23,7 +23,6 @@ from ..trees import (
     power_of_two_scale,
     safe_norm,
     scale,
-    underflows,
     vdot,
 )
 from .differentiation import Point
@@ -156,11 +155,6 @@ def uses_w_in_each_loss(point: Point) -> Array:
     problem, w, alpha, _, outer_batch = point
     uses = [uses_w(loss, w, alpha, outer_batch) for loss in problem.outer_losses]
     return jnp.array(uses).reshape(problem.value_shape)
-
-
-def outer_gradient_underflows(point: Point, b: PyTree) -> Array:
-    """Returns whether ``dM/dw`` of a loss that uses ``w`` underflows, ``[*K]``."""
-    return uses_w_in_each_loss(point) & point.problem.for_each_loss(underflows)(b)
 
 
 def is_cancelled(h: PyTree, cross: PyTree, adjoint: PyTree) -> Array:
