@@ -3,7 +3,7 @@
 min_alpha  M(w*(alpha), alpha)   subject to   w*(alpha) = argmin_w L(w, alpha)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -151,6 +151,18 @@ class Bilevel(eqx.Module):
     def value_shape(self) -> tuple[int, ...]:
         """Shape of the outer value: ``(K,)`` with K outer losses, else ``()``."""
         return () if self.num_objectives is None else (self.num_objectives,)
+
+    def with_losses(self, indices: Sequence[int]) -> "Bilevel":
+        """Returns the problem with some of its K outer losses, and without data.
+
+        Its derivatives are therefore those at a given batch.
+        """
+        losses = tuple(self._outer_loss[i] for i in indices)
+        problem = Bilevel(self._inner_loss, losses)
+        keys_of = lambda problem: problem.keys_of_w
+        return eqx.tree_at(
+            keys_of, problem, self.keys_of_w, is_leaf=lambda x: x is None
+        )
 
     def for_each_loss(self, fn: Callable) -> Callable:
         """Returns ``fn`` mapped over the leading axis of K outer losses.

@@ -134,9 +134,9 @@ class Implicit(eqx.Module):
       scaling of their own in each estimate, by eight products. With ``rtol``: up to two
       full gradients and one for every ten of inner steps, and an adjoint solve with its
       error per round. With ``certify``: two Newton and adjoint solves, and a probe.
+      Outer losses without ``w``, such as a number of FLOPs, take no product.
     Memory:
-      About 25 vectors like ``w`` with the default `CG` and the error estimate,
-      whatever the number of inner steps.
+      About 25 vectors like ``w`` by default, whatever the number of inner steps.
     Bias:
       First order in the errors of the inner and of the adjoint solve, which are both
       reported. The optimizer and the starting point of the inner solver are not

@@ -1,10 +1,13 @@
 """The adjoint solve of `Implicit`, with the estimate of the hypergradient's error."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import lineax as lx
+import numpy as np
 from jaxtyping import PyTree, Scalar
 
 from ..implicit.confirmation import confirm_error
@@ -22,6 +25,7 @@ from ..implicit.error import (
     estimate_error,
     short_correction_terms,
 )
+from ..jaxprs.inspection import uses_w
 from ..linear.equilibration import Scaling
 from ..trees import as_row, concatenate
 
@@ -38,7 +42,7 @@ class AdjointSolution(NamedTuple):
       duals: ``duals`` of `CorrectionTerms` for the next estimate; the given ones if the
         solver yields none.
       num_extra_products: Number of products beside those of ``result``.
-      num_outer_grads: Number of gradients of each outer loss.
+      num_outer_grads: Number of gradients of each outer loss, the mean over K losses.
     """
 
     result: ImplicitResult
@@ -72,6 +76,9 @@ def solve_adjoint(
 ) -> AdjointSolution:
     """Returns implicit differentiation at a point, and its error estimate if asked for.
 
+    Of K outer losses those without ``w``, such as a number of FLOPs, have the adjoint
+    zero, and no system is solved for them.
+
     Args:
       estimator: The `Implicit` whose ``damping`` and ``hvp_fn`` apply.
       point: Where the derivatives are taken.
@@ -88,6 +95,89 @@ def solve_adjoint(
       nine where a Newton step does not lower ``dL/dw`` as predicted; with any other
       solver up to 25 steps of `scaled_cg` more. `confirm_error` adds its own.
     """
+    solve = functools.partial(
+        _solve_adjoint,
+        estimator,
+        scaling=scaling,
+        linear_solver=linear_solver,
+        prepared=prepared,
+        rtol=rtol,
+    )
+    problem = point.problem
+    num_losses = len(problem.outer_losses)
+    solved = range(1) if num_losses == 1 else _losses_with_w(point)
+    if len(solved) in (0, num_losses):
+        return solve(point, adjoint=adjoint, duals=duals)
+    take = lambda tree: jax.tree.map(lambda leaf: leaf[np.array(solved)], tree)
+    solution = solve(
+        point._replace(problem=problem.with_losses(solved)),
+        adjoint=take(adjoint),
+        duals=take(duals),
+    )
+    return _with_direct_losses(point, solution, solved)
+
+
+def _losses_with_w(point: Point) -> list[int]:
+    """Returns the indices of the outer losses that use ``w``."""
+    problem, w, alpha, _, outer_batch = point
+    losses = enumerate(problem.outer_losses)
+    return [i for i, loss in losses if uses_w(loss, w, alpha, outer_batch)]
+
+
+def _with_direct_losses(
+    point: Point, solution: AdjointSolution, solved: list[int]
+) -> AdjointSolution:
+    """Returns the solution of all K losses from that of those which use ``w``.
+
+    The hypergradient of any other is its ``dM/dalpha``.
+    """
+    problem, w, alpha, _, outer_batch = point
+    num_losses = len(problem.outer_losses)
+    direct = [i for i in range(num_losses) if i not in solved]
+    order = np.argsort(solved + direct)
+
+    def join(of_solved, of_direct):
+        joined = lambda x, y: jnp.concatenate([x, y])[order]
+        return jax.tree.map(joined, of_solved, of_direct)
+
+    def with_zeros(of_solved):
+        zeros = lambda x: jnp.zeros((len(direct), *x.shape[1:]), x.dtype)
+        return join(of_solved, jax.tree.map(zeros, of_solved))
+
+    value, b, direct_term = problem.with_losses(direct).outer_value_and_grads(
+        w, alpha, outer_batch
+    )
+    result = solution.result
+    result = dataclasses.replace(
+        result,
+        value=join(result.value, value),
+        hypergradient=join(result.hypergradient, direct_term),
+        b=join(result.b, b),
+        adjoint=with_zeros(result.adjoint),
+        cross=with_zeros(result.cross),
+        residual=with_zeros(result.residual),
+        adjoint_residual=with_zeros(result.adjoint_residual),
+    )
+    num_outer_grads = solution.num_outer_grads * len(solved) + len(direct)
+    return solution._replace(
+        result=result,
+        duals=with_zeros(solution.duals),
+        num_outer_grads=num_outer_grads / num_losses,
+    )
+
+
+def _solve_adjoint(
+    estimator: "Implicit",
+    point: Point,
+    *,
+    scaling: Scaling,
+    adjoint: PyTree,
+    duals: PyTree,
+    linear_solver: lx.AbstractLinearSolver,
+    prepared: PyTree,
+    rtol: Scalar | float | None,
+) -> AdjointSolution:
+    """Returns `solve_adjoint` for all outer losses."""
     with_error = rtol is not None
     terms: Any = None
     if uses_scaled_cg(estimator):

@@ -425,6 +425,7 @@ def test_cost_of_an_estimate(batch_size, adjoint_batch_size, outer_batch_size):
 
 
 SEVERAL_LOSSES = (ridge_outer, ridge_penalty, ridge_outer)
+RIDGE_STEPS = hg.Descent(optax.sgd(0.3), 12)
 
 
 @pytest.mark.parametrize(
@@ -450,23 +451,47 @@ def test_products_shared_by_several_losses_count_once(linear_solver, num_product
     assert stats["num_outer_grads"] == 3
 
 
-@pytest.mark.parametrize("linear_solver", [hg.CG(), lx.CG(rtol=1e-8, atol=1e-8)])
-def test_a_loss_without_w_takes_the_products_of_the_slower_solve(linear_solver):
-    """Both systems are solved in one loop, whose steps make two products each."""
-    penalty = lambda w, alpha, batch: jnp.sum(alpha**2)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        pytest.param(hg.Implicit(RIDGE_STEPS), id="CG"),
+        pytest.param(hg.Implicit(RIDGE_STEPS, estimate_error=False), id="no error"),
+        pytest.param(hg.Implicit(RIDGE_STEPS, hg.Neumann(5)), id="Neumann"),
+        pytest.param(hg.Implicit(RIDGE_STEPS, lx.LU()), id="LU"),
+        pytest.param(hg.Implicit(RIDGE_STEPS, rtol=1e-6), id="rtol"),
+    ],
+)
+def test_no_system_is_solved_for_a_loss_without_w(estimator):
+    """Two warm estimates of three losses make the products of the only one with ``w``.
+
+    The hypergradient of the others is their ``dM/dalpha``, and none is less trusted.
+    """
+    squares = lambda w, alpha, batch: jnp.sum(alpha**2)
+    cubes = lambda w, alpha, batch: jnp.sum(alpha**3)
     data = ridge_with_few_outer_examples(None)
 
-    def num_hvps(*outer_losses):
+    def estimate_twice(outer_losses):
         problem = hg.Bilevel(
             ridge_penalty, outer_losses, data.inner_data, data.outer_data
         )
-        solver = hg.Descent(optax.sgd(0.3), 12)
-        estimator = hg.Implicit(solver, linear_solver, estimate_error=False)
-        return hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha).stats[
-            "num_hvps"
-        ]
+        state = estimator.init(problem, RIDGE.w, RIDGE.alpha)
+        estimate = jax.jit(functools.partial(estimator.estimate, problem))
+        _, state = estimate(state, RIDGE.alpha, jax.random.key(0))
+        return estimate(state, 1.1 * RIDGE.alpha, jax.random.key(1))
 
-    assert num_hvps(ridge_outer, penalty) == num_hvps(ridge_outer, ridge_outer)
+    (alone, state), (joint, joint_state) = map(
+        estimate_twice, (ridge_outer, (squares, ridge_outer, cubes))
+    )
+    assert joint.trusted == alone.trusted
+    assert joint.stats["num_hvps"] == alone.stats["num_hvps"]
+    assert joint.stats["num_outer_grads"] == alone.stats["num_outer_grads"] + 2
+    alpha = 1.1 * RIDGE.alpha
+    expected = jnp.stack([2 * alpha, alone.hypergradient, 3 * alpha**2])
+    chex.assert_trees_all_close(joint.hypergradient, expected, rtol=1e-12)
+    values = jnp.stack([jnp.sum(alpha**2), alone.value, jnp.sum(alpha**3)])
+    chex.assert_trees_all_close(joint.value, values, rtol=1e-12)
+    adjoints = jax.tree.map(lambda v: jnp.stack([0 * v, v, 0 * v]), state.adjoint)
+    chex.assert_trees_all_close(joint_state.adjoint, adjoints, rtol=1e-12)
 
 
 def test_a_loss_without_w_hides_no_curvature():
