@@ -46,8 +46,9 @@ class Newton(eqx.Module):
       max_steps: Maximum number of Newton steps.
       tolerance: Relative size t of the gradient g at which the solver stops: when the
         entries with ``|g_i| > t |H w|_i`` have a norm of at most ``t ||g_0||``, with
-        ``g_0`` and ``|H w|`` at the start. Defaults to ``eps^(3/4)`` of the coarsest
-        dtype of ``w``.
+        ``g_0`` and ``|H w|`` at the start. After a warm start ``g_0`` is small, so that
+        the same t leads nearer to the minimum. Defaults to ``eps^(3/4)`` of the
+        coarsest dtype of ``w``.
 
     Cost:
       A few Hessian-vector products per step, and a gradient per step size that the line
