@@ -8,13 +8,12 @@ Problem. That of the table search with 500 hyperparameters (softmax regression o
 digits with one log-penalty per weight) and the same start. The target is reached within
 5% of the way from the minimum that L-BFGS finds back to the start.
 
-Rows. Implicit with Newton's method to 1e-4 and CG to 1e-3: "cold" (w and adjoint start
-at zero in every estimate), "warm w", and "warm w and adjoint" (the default). In
-addition "unrolled, cold" (100 steps of momentum from zero, with checkpoints),
-"unrolled, warm" (20 steps), and SOBA (w, adjoint and alpha make one step each). Adam
-has rate 0.3, for SOBA 0.03, and makes 150 steps, for SOBA 2,000. These are the rates
-that the table search chose on seeds 100 and 101, but for `Implicit` with Newton's
-method, for which it chose 0.1 (score 9.12, and 9.15 with 0.3).
+Rows. Implicit with Newton's method to 1e-4 of the gradient at its start, and CG to
+1e-3: "cold" (w and adjoint start at zero in every estimate), "warm w", and "warm w and
+adjoint" (the default). In addition "unrolled, cold" (100 steps of momentum from zero,
+with checkpoints), "unrolled, warm" (20 steps), and SOBA (w, adjoint and alpha make one
+step each). Adam has rate 0.3, for SOBA 0.03, and makes 150 steps, for SOBA 2,000. These
+are the rates that the table search chose on seeds 100 and 101.
 
 Measured. Gradient-equivalents (grad-eq) and outer steps until the target is reached;
 the peak bytes, by the compiler's memory analysis, of one outer step that is compiled
