@@ -184,22 +184,27 @@ def _load_omniglot(data_dir: Path | None) -> Arrays:
     (content,) = _read_files("omniglot", data_dir, OMNIGLOT, OMNIGLOT_SOURCE)
     with np.load(io.BytesIO(content)) as file:
         bits, characters = file["images"], file["char_id"]
-    weights = _area_weights(105, OMNIGLOT_SIZE)
+    areas = _overlaps(105, OMNIGLOT_SIZE)
     shape = (characters.max() + 1, 20, OMNIGLOT_SIZE, OMNIGLOT_SIZE)
     images = np.empty(shape, np.float32)
     for i in range(len(images)):
         ink = np.unpackbits(bits[characters == i], axis=1)[:, : 105 * 105]
-        images[i] = weights @ ink.reshape(20, 105, 105) @ weights.T
-    return {"x": np.minimum(images, 1)}  # rounding may make a full pixel exceed 1
+        # Sums of integers are exact, so that all processors read the same images.
+        images[i] = areas @ ink.reshape(20, 105, 105) @ areas.T / 105**2
+    return {"x": images}
 
 
-def _area_weights(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
-    """Returns the matrix that averages ``size`` pixels over each of ``new_size``."""
-    edges = np.arange(new_size + 1) * size / new_size
-    pixels = np.arange(size)
-    low = np.maximum(edges[:-1, None], pixels)
-    high = np.minimum(edges[1:, None], pixels + 1)
-    return (np.maximum(high - low, 0) * new_size / size).astype(np.float32)
+def _overlaps(size: int, new_size: int) -> Float[np.ndarray, "new_size size"]:
+    """Returns how much of each of ``size`` pixels lies in each of ``new_size``.
+
+    The unit of length is the ``new_size``-th part of a pixel, so that all are integers
+    and the new pixels have length ``size``.
+    """
+    new_edges = np.arange(new_size + 1.0) * size
+    edges = np.arange(size + 1.0) * new_size
+    low = np.maximum(new_edges[:-1, None], edges[:-1])
+    high = np.minimum(new_edges[1:, None], edges[1:])
+    return np.maximum(high - low, 0)
 
 
 REUTERS = {
