@@ -200,7 +200,10 @@ def check(target: str) -> list[tuple[str, list[Finding]]]:
     findings = checks.check_result(file.stem, table, folder)
     text = f"the rows are those in {folder}"
     if _have_other_source(file, folder):
-        text += "; the file of the table, or one that it imports, has changed since"
+        text += (
+            "; the file of the table, or one that it imports, has changed since "
+            f"(`hypergrad recompute {folder}` measures drawn cells again)"
+        )
     return [(file.stem, [*findings, Finding(text)])]
 
 
