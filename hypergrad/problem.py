@@ -123,9 +123,14 @@ class Bilevel(eqx.Module):
     @property
     def outer_losses(self) -> tuple[Loss, ...]:
         """The outer losses as a tuple, even if there is only one."""
+        keys = self.keys_of_w
+        return tuple(bind_keys_to_function(loss, keys) for loss in self._losses)
+
+    @property
+    def _losses(self) -> tuple[Loss, ...]:
+        """The outer losses of a ``w`` with its keys."""
         losses = self._outer_loss
-        losses = losses if isinstance(losses, tuple) else (losses,)
-        return tuple(bind_keys_to_function(loss, self.keys_of_w) for loss in losses)
+        return losses if isinstance(losses, tuple) else (losses,)
 
     @property
     def outer_loss(self) -> Loss | tuple[Loss, ...]:
@@ -157,7 +162,7 @@ class Bilevel(eqx.Module):
 
         Its derivatives are therefore those at a given batch.
         """
-        losses = tuple(self._outer_loss[i] for i in indices)
+        losses = tuple(self._losses[i] for i in indices)
         problem = Bilevel(self._inner_loss, losses)
         keys_of = lambda problem: problem.keys_of_w
         return eqx.tree_at(

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
+import optax
 from jaxtyping import PyTree, Scalar
 
 from ..implicit.confirmation import confirm_error
@@ -25,8 +25,8 @@ from ..implicit.error import (
     estimate_error,
     short_correction_terms,
 )
-from ..jaxprs.inspection import uses_w
 from ..linear.equilibration import Scaling
+from ..losses_with_w import fill_losses, losses_with_w, take_losses
 from ..trees import as_row, concatenate
 
 if TYPE_CHECKING:
@@ -103,29 +103,20 @@ def solve_adjoint(
         prepared=prepared,
         rtol=rtol,
     )
-    problem = point.problem
-    num_losses = len(problem.outer_losses)
-    solved = range(1) if num_losses == 1 else _losses_with_w(point)
-    if len(solved) in (0, num_losses):
+    problem, w, alpha, _, outer_batch = point
+    solved = losses_with_w(problem, w, alpha, outer_batch)
+    if len(solved) == len(problem.outer_losses):
         return solve(point, adjoint=adjoint, duals=duals)
-    take = lambda tree: jax.tree.map(lambda leaf: leaf[np.array(solved)], tree)
     solution = solve(
         point._replace(problem=problem.with_losses(solved)),
-        adjoint=take(adjoint),
-        duals=take(duals),
+        adjoint=take_losses(adjoint, solved),
+        duals=take_losses(duals, solved),
     )
     return _with_direct_losses(point, solution, solved)
 
 
-def _losses_with_w(point: Point) -> list[int]:
-    """Returns the indices of the outer losses that use ``w``."""
-    problem, w, alpha, _, outer_batch = point
-    losses = enumerate(problem.outer_losses)
-    return [i for i, loss in losses if uses_w(loss, w, alpha, outer_batch)]
-
-
 def _with_direct_losses(
-    point: Point, solution: AdjointSolution, solved: list[int]
+    point: Point, solution: AdjointSolution, solved: Sequence[int]
 ) -> AdjointSolution:
     """Returns the solution of all K losses from that of those which use ``w``.
 
@@ -134,34 +125,28 @@ def _with_direct_losses(
     problem, w, alpha, _, outer_batch = point
     num_losses = len(problem.outer_losses)
     direct = [i for i in range(num_losses) if i not in solved]
-    order = np.argsort(solved + direct)
-
-    def join(of_solved, of_direct):
-        joined = lambda x, y: jnp.concatenate([x, y])[order]
-        return jax.tree.map(joined, of_solved, of_direct)
-
-    def with_zeros(of_solved):
-        zeros = lambda x: jnp.zeros((len(direct), *x.shape[1:]), x.dtype)
-        return join(of_solved, jax.tree.map(zeros, of_solved))
-
-    value, b, direct_term = problem.with_losses(direct).outer_value_and_grads(
+    from_solved = lambda tree: fill_losses(tree, solved, num_losses)
+    value, _, direct_term = problem.with_losses(direct).outer_value_and_grads(
         w, alpha, outer_batch
     )
+    from_direct = fill_losses((value, direct_term), direct, num_losses)
     result = solution.result
+    from_w = from_solved((result.value, result.hypergradient))
+    value, hypergradient = optax.tree.add(from_w, from_direct)
     result = dataclasses.replace(
         result,
-        value=join(result.value, value),
-        hypergradient=join(result.hypergradient, direct_term),
-        b=join(result.b, b),
-        adjoint=with_zeros(result.adjoint),
-        cross=with_zeros(result.cross),
-        residual=with_zeros(result.residual),
-        adjoint_residual=with_zeros(result.adjoint_residual),
+        value=value,
+        hypergradient=hypergradient,
+        b=from_solved(result.b),
+        adjoint=from_solved(result.adjoint),
+        cross=from_solved(result.cross),
+        residual=from_solved(result.residual),
+        adjoint_residual=from_solved(result.adjoint_residual),
     )
     num_outer_grads = solution.num_outer_grads * len(solved) + len(direct)
     return solution._replace(
         result=result,
-        duals=with_zeros(solution.duals),
+        duals=from_solved(solution.duals),
         num_outer_grads=num_outer_grads / num_losses,
     )
 

@@ -15,6 +15,7 @@ from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import has_segments, split_steps
 from ..inner.storage import StepSizes, Storage, choose_storage
 from ..keys_in_w import bind_keys
+from ..losses_with_w import losses_with_w, pull_back_losses
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, safe_norm
@@ -62,7 +63,8 @@ class Unrolled(RunEstimator):
         estimate. Defaults to all examples.
 
     Cost: T inner gradients forward; one Hessian-vector product with its cross term per
-      differentiated step in the reverse pass; with checkpoints one more gradient each.
+      differentiated step in the reverse pass, for each outer loss that uses ``w``; with
+      checkpoints one more gradient each.
     Memory: `storage` states the bytes. Stored are, in this order of choice, the
       intermediate values of T steps; T carries, with the gradients if the update is not
       linear in them; ``2 sqrt(T)`` carries. Where only carries are stored, the product
@@ -227,10 +229,14 @@ class Unrolled(RunEstimator):
         halves = (alpha, alpha) if self.is_truncated else None
         relative_change = None if self.is_truncated else zero_perturbation(w)
         final_w, pullback = jax.vjp(final_w_fn, alpha, halves, relative_change)
+        outer_batch = data.outer_batch(self.outer_batch_size)
         value, outer_grad, direct = problem.outer_value_and_grads(
-            final_w, alpha, data.outer_batch(self.outer_batch_size)
+            final_w, alpha, outer_batch
         )
-        indirect, halves, derivative = problem.for_each_loss(pullback)(outer_grad)
+        reversed_losses = losses_with_w(problem, final_w, alpha, outer_batch)
+        indirect, halves, derivative = pull_back_losses(
+            problem, pullback, outer_grad, reversed_losses
+        )
         # dF/dalpha = dM/dalpha + (dw_T/dalpha)' dM/dw
         hypergradient = optax.tree.add(direct, indirect)
         num_steps, num_backward = self.solver.num_steps, self.num_backward_steps
@@ -268,7 +274,7 @@ class Unrolled(RunEstimator):
             flags,
             num_steps=num_steps,
             num_grads=num_grads * (num_steps + num_recomputed),
-            num_hvps=num_grads * num_backward * value.size,
+            num_hvps=num_grads * num_backward * len(reversed_losses),
             error_estimate=error_estimate,
         )
 

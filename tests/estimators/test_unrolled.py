@@ -322,6 +322,29 @@ def test_cost_of_several_losses():
     assert stats["num_outer_grads"] == 3
 
 
+@pytest.mark.parametrize("truncation_length", [None, 5], ids=["all", "truncated"])
+def test_a_loss_without_w_needs_no_reverse_pass(truncation_length):
+    """Its derivative is ``dM/dalpha``, and changes nothing in the others."""
+    data = ridge_with_few_outer_examples(None)
+    squares = lambda w, alpha, batch: jnp.sum(alpha**2)
+    estimator = hg.Unrolled(hg.Descent(optax.sgd(0.3), 12), truncation_length)
+
+    def run(*losses):
+        problem = hg.Bilevel(ridge_penalty, losses, data.inner_data, data.outer_data)
+        return hg.hypergradient(problem, estimator)(RIDGE.w, RIDGE.alpha)
+
+    pair, triple = (
+        run(ridge_outer, ridge_penalty),
+        run(ridge_outer, squares, ridge_penalty),
+    )
+    assert triple.stats["num_hvps"] == pair.stats["num_hvps"]
+    assert triple.stats["num_outer_grads"] == 3
+    assert triple.flags == pair.flags
+    h = pair.hypergradient
+    expected = jnp.stack([h[0], 2 * RIDGE.alpha, h[1]])
+    chex.assert_trees_all_close(triple.hypergradient, expected, rtol=1e-14)
+
+
 @pytest.mark.parametrize("truncation_length", [None, 2], ids=["all", "truncated"])
 def test_a_loss_without_a_finite_derivative_leaves_the_others_theirs(truncation_length):
     """``sqrt(0 w)`` has the derivative 0 / 0; each loss has a reverse pass alone."""
