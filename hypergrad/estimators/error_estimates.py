@@ -3,8 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
+from scipy import special
 
+from ..certificate import TRUST_RTOL
 from ..trees import divide, norm, power_of_two_scale, ratio
+
+#: Fewer samples hardly show how much they differ, and are trusted only if they agree.
+MIN_SAMPLES = 4
+MAX_ERROR_OF_FEW = 1e-5
 
 
 def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
@@ -38,6 +44,19 @@ def remaining_change(changes: Float[Array, " n"], eps: float) -> Scalar:
         R = jnp.maximum(R, jnp.sqrt(ratio(jnp.sum(later), jnp.sum(earlier))))
     R = jnp.minimum(R, (1 - eps**0.5) ** s)
     return jnp.where(path == 0, 0.0, path * R / (1 - R))
+
+
+def max_standard_error(num_samples: int) -> float:
+    """Returns the relative standard error up to which a mean of samples is trusted.
+
+    It is ``TRUST_RTOL`` for many samples. The deviation of few may be small by chance:
+    the half-width ``t s`` of a 95% interval, with Student's t, is then compared.
+    """
+    if num_samples < MIN_SAMPLES:
+        return MAX_ERROR_OF_FEW
+    quantile = 0.975
+    t = special.stdtrit(num_samples - 1, quantile)
+    return TRUST_RTOL * float(special.ndtri(quantile) / t)
 
 
 def standard_error(samples: PyTree, mean: PyTree, is_multi_objective: bool) -> Scalar:

@@ -16,17 +16,21 @@ from ..checks.lost_derivatives import lost_derivative_flags, lost_in_step_flags
 from ..checks.problem import check_steps_use_alpha
 from ..cost import cost_stats
 from ..implicit.differentiation import finite_or_zero, zero_adjoint
+from ..implicit.minimum import is_cancelled
 from ..inner.base import IterativeSolver, grads_per_step, step_fraction
 from ..inner.descent import run_inner_steps
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
 from ..trees import (
     all_finite,
+    divide,
     machine_eps,
     norm_ratio,
+    power_of_two_scale,
     ratio,
     safe_distance,
     safe_norm,
+    vdot,
 )
 from ..validation import check_positive_int
 from .base import Estimate, make_estimate
@@ -36,6 +40,10 @@ from .inner_run import (
     check_differentiable_run,
     inner_grad_norm,
 )
+
+#: Part of the steps of ``w`` by which they may differ from what a derivative predicts.
+MAX_DEVIATION = 0.5
+NUM_ROUNDINGS = 16  # of an iterate, by which its steps may differ
 
 
 class FixedPointState(eqx.Module):
@@ -129,7 +137,9 @@ class FixedPoint(eqx.Module):
       where ``p`` is the length of the path of the last ``m / 4`` values and ``R`` the
       factor by which such lengths contract. The K iterations for ``v`` at a fixed ``w``
       are continued in the same way, and the larger estimate counts. An estimate is
-      trusted if it is at most 1e-2, and so is ``adjoint_residual``, which is
+      trusted if it is at most 1e-2, the last steps of ``w`` change along ``v`` as
+      ``dPhi/dw`` predicts, but for half of their length, which an oscillation around a
+      kink does not, and ``adjoint_residual`` is at most 1e-2, which is
 
         ||s (b + (dPhi/dw)' v - v)|| / ||s b||    with the entries ``s = |w_0| + |w_T|``
 
@@ -220,9 +230,12 @@ class FixedPoint(eqx.Module):
         adjoint = per_loss(solve)(step.b, finite_or_zero(state.adjoint), step.direct)
         # h = dM/dalpha + (dPhi/dalpha)' v
         hypergradient = optax.tree.add(step.direct, adjoint.cross)
-        final_h, changes = self._continue_steps(
-            make_step, per_loss, step, adjoint, hypergradient
-        )
+        final_h, changes, leaves_model = self._continue_steps(
+            make_step, per_loss, eqx.filter(carry, eqx.is_inexact_array), step, adjoint,
+            hypergradient,
+        )  # fmt: skip
+        cancels = functools.partial(is_cancelled, adjoint=w)
+        is_lost = per_loss(cancels)(hypergradient, adjoint.cross)
 
         def relative_errors(h, adjoint_changes, final_h, changes):
             eps, h_norm = machine_eps(w), safe_norm(h)
@@ -244,7 +257,9 @@ class FixedPoint(eqx.Module):
                 "not_finite": ~all_finite(step.value, hypergradient, w),
                 "adjoint_residual": ~is_adjoint_accurate,
                 # This error contains that of the adjoint.
-                "inner_error": is_adjoint_accurate & ~(error <= TRUST_RTOL),
+                "inner_error": is_adjoint_accurate & ~(error <= TRUST_RTOL)
+                | leaves_model,
+                "rounding_error": jnp.any(is_lost),
                 **lost_derivative_flags(problem, w, alpha),
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
@@ -325,25 +340,37 @@ class FixedPoint(eqx.Module):
         self,
         make_step: Callable[[PyTree], _Step],
         per_loss: Callable[..., Any],
+        x: PyTree,
         step: _Step,
         adjoint: _Adjoint,
         hypergradient: PyTree,
-    ) -> tuple[PyTree, Float[Array, "*K m"]]:
-        """Returns the hypergradient after m further steps, and its changes in them."""
+    ) -> tuple[PyTree, Float[Array, "*K m"], Array]:
+        """Continues with m further steps of ``w`` and ``v``.
+
+        Returns:
+          The last hypergradient, its changes, and whether the steps of ``w`` change
+          otherwise than the derivative of a step predicts.
+        """
 
         def body_fun(carry, _):
-            x, v, prev_h = carry
+            prev_x, x, v, prev_h = carry
             step = make_step(x)
             phi_v, cross = per_loss(step.pullback)(v)
             h = optax.tree.add(step.direct, cross)
             change = per_loss(safe_distance)(h, prev_h)
-            return (step.next_x, optax.tree.add(step.b, phi_v), h), change
+            deviation_fn = functools.partial(_deviation, prev_x, x, step.next_x)
+            deviation = per_loss(deviation_fn)(v, phi_v)
+            next_v = optax.tree.add(step.b, phi_v)
+            return (x, step.next_x, next_v, h), (change, deviation)
 
-        init_carry = step.next_x, adjoint.next_v, hypergradient
-        (_, _, final_h), changes = jax.lax.scan(
+        init_carry = x, step.next_x, adjoint.next_v, hypergradient
+        (*_, final_h), (changes, deviations) = jax.lax.scan(
             body_fun, init_carry, length=self.num_check_steps
         )
-        return final_h, jnp.moveaxis(changes, 0, -1)
+        last = self.num_check_steps // 4
+        deviation, path, rounding = (jnp.sum(x[-last:], axis=0) for x in deviations)
+        leaves_model = (deviation > MAX_DEVIATION * path) & (deviation > rounding)
+        return final_h, jnp.moveaxis(changes, 0, -1), jnp.any(leaves_model)
 
     def _costs(self, data: EstimateData, num_objectives: int) -> dict[str, Array]:
         """Returns the cost of an estimate."""
@@ -360,6 +387,26 @@ class FixedPoint(eqx.Module):
             num_hvps=num_grads * (self.num_terms + 1 + num_checks) * num_objectives,
             num_outer_grads=(1 + num_checks) * num_objectives * outer_fraction,
         )
+
+
+def _deviation(
+    prev_x: PyTree, x: PyTree, next_x: PyTree, v: PyTree, phi_v: PyTree
+) -> tuple[Array, Array, Array]:
+    """Compares two steps along ``v`` with the derivative of a step.
+
+    Returns:
+      ``|v'(Phi(x) - x) - ((dPhi/dx)' v)'(x - prev_x)|``, which is of second order in
+      smooth steps; the sum of the absolute values of both terms' entries; and the
+      rounding error of the first.
+    """
+    last, new = optax.tree.sub(x, prev_x), optax.tree.sub(next_x, x)
+    unit = power_of_two_scale((v, phi_v))
+    v, phi_v = divide((v, phi_v), unit)
+    absolute = lambda tree: jax.tree.map(jnp.abs, tree)
+    deviation = jnp.abs(vdot(v, new) - vdot(phi_v, last))
+    path = vdot(absolute(v), absolute(new)) + vdot(absolute(phi_v), absolute(last))
+    rounding = NUM_ROUNDINGS * machine_eps(x) * vdot(absolute(v), absolute(x))
+    return deviation * unit, path * unit, rounding * unit
 
 
 def _relative_to_b(scales: PyTree, x: PyTree, b: PyTree) -> Array:

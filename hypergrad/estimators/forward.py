@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ..checks.lost_derivatives import lost_in_step_flags
+from ..implicit.minimum import is_cancelled
 from ..inner.base import IterativeSolver, grads_per_step
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
@@ -127,6 +128,8 @@ class Forward(RunEstimator):
             final_w=final_w,
         )
         is_amplified = problem.for_each_loss(check_fn)(outer_grad)
+        cancels = functools.partial(is_cancelled, adjoint=final_w)
+        is_lost = problem.for_each_loss(cancels)(hypergradient, indirect)
         num_steps = self.solver.num_steps
         num_grads = grads_per_step(self.solver) * num_steps
         return RunDerivative(
@@ -135,7 +138,7 @@ class Forward(RunEstimator):
             final_w,
             flags={
                 "not_finite": ~all_finite(value, hypergradient, final_w),
-                "rounding_error": jnp.any(is_amplified),
+                "rounding_error": jnp.any(is_amplified | is_lost),
                 **lost_in_step_flags(self.solver, problem, w, alpha),
             },
             num_steps=num_steps,

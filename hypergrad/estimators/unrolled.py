@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ..checks.lost_derivatives import lost_in_step_flags
 from ..checks.problem import check_steps_use_alpha
+from ..implicit.minimum import is_cancelled
 from ..inner.base import IterativeSolver, grads_per_step
 from ..inner.descent import has_segments, split_steps
 from ..inner.storage import StepSizes, Storage, choose_storage
@@ -256,10 +257,12 @@ class Unrolled(RunEstimator):
                 final_w=final_w,
             )
             is_amplified = problem.for_each_loss(check_fn)(derivative, outer_grad)
+            cancels = functools.partial(is_cancelled, adjoint=final_w)
+            is_lost = problem.for_each_loss(cancels)(hypergradient, indirect)
             error_estimate = 0.0
             flags = {
                 "not_finite": ~all_finite(value, hypergradient, final_w),
-                "rounding_error": jnp.any(is_amplified),
+                "rounding_error": jnp.any(is_amplified | is_lost),
                 **lost,
             }
             segments = (num_backward,)
