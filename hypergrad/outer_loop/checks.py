@@ -164,13 +164,32 @@ def check_record_every(
         )
 
 
-def check_state(loop: "OuterLoop", state: Any) -> None:
-    """Raises an error unless a state belongs to a loop with these objects."""
+def check_space_of_state(loop: "OuterLoop", state: Any) -> None:
+    """Raises an error unless ``state.u`` stands for an ``alpha`` in the loop's space.
+
+    Bounds are compared unless they are traced.
+    """
     if not isinstance(state, OuterState):
         raise TypeError(
             "state must be an OuterState, from loop.init(w, alpha) or trace.state; got "
             f"{type(state).__name__}."
         )
+    spaces = state.space, loop.space
+    is_same = jax.tree.structure(spaces[0]) == jax.tree.structure(spaces[1])
+    if is_same and not is_traced(spaces):
+        equal = jax.tree.map(lambda x, y: np.all(np.equal(x, y)), *spaces)
+        is_same = all(jax.tree.leaves(equal))
+    if not is_same:
+        raise ValueError(
+            "state must come from a loop with the same space, because its numbers are "
+            "the unconstrained coordinates of this space. Start a new run from "
+            "trace.alpha and trace.w."
+        )
+
+
+def check_state(loop: "OuterLoop", state: Any) -> None:
+    """Raises an error unless a state belongs to a loop with these objects."""
+    check_space_of_state(loop, state)
     if state.step.shape:
         raise ValueError(
             f"state must be the state of a single run; got a batch {state.step.shape}. "

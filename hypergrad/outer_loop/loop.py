@@ -44,6 +44,7 @@ from .checks import (
     check_on_untrusted,
     check_one_sample,
     check_outer_data_fn,
+    check_space_of_state,
 )
 from .run import run_steps
 from .step import OuterState, StepRecord, init_state, jitted_step
@@ -197,10 +198,12 @@ class OuterLoop(eqx.Module):
           a step, the step failed and the state contains the last good ``alpha`` and
           ``w``, which later steps do not change.
         """
+        check_space_of_state(self, state)
         return jitted_step(self, state)
 
     def alpha(self, state: OuterState) -> PyTree:
         """Returns the ``alpha`` of a state."""
+        check_space_of_state(self, state)
         return spaces.forward(self.space, state.u)
 
     def run(

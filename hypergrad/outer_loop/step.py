@@ -45,6 +45,7 @@ class OuterState(PrettyModule):
       step: Number of outer steps made.
       status: 0, or the code of a numerical failure. A failed state stays failed: later
         steps change neither ``alpha`` nor ``w``.
+      space: The space of ``alpha``, which says what ``u`` stands for.
       u: ``alpha`` in the unconstrained coordinates of the space.
       good_u: The ``u`` of the last good estimate.
       w: Inner solution of the last good estimate.
@@ -57,6 +58,7 @@ class OuterState(PrettyModule):
 
     step: Array
     status: Array
+    space: PyTree
     u: PyTree
     good_u: PyTree
     w: PyTree
@@ -142,6 +144,7 @@ def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> Outer
     state = OuterState(
         step=jnp.asarray(0),
         status=jnp.asarray(0),
+        space=jax.tree.map(jnp.array, loop.space),
         u=u,
         good_u=u,
         w=w,

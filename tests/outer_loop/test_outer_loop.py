@@ -13,7 +13,7 @@ import pytest
 import hypergrad as hg
 from hypergrad.bench.timing import measure_seconds
 from hypergrad.outer_loop.block import BLOCK_SIZE, get_block_size
-from tests.loops import TO_ONE, ExactEstimator, assert_same_bits, run_loop
+from tests.loops import TO_ONE, TO_ZERO, ExactEstimator, assert_same_bits, run_loop
 
 CURVATURE = np.array([1.0, 3.0])
 
@@ -207,6 +207,34 @@ def test_states_that_cannot_be_continued_are_refused():
         hg.minimize(
             PROBLEM, EXACT, ADAM, START[0], jnp.zeros(3), num_steps=2, state=state
         )
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        pytest.param(hg.spaces.Interval(0.0, 100.0), id="other bounds"),
+        pytest.param(hg.spaces.Positive(), id="other kind"),
+        pytest.param(None, id="none"),
+    ],
+)
+def test_a_state_of_another_space_is_refused(space):
+    """Its coordinates would stand for another ``alpha``."""
+    estimator, alpha = hg.Implicit(hg.Newton()), jnp.array([0.4, 0.6])
+    make_loop = lambda space: hg.OuterLoop(
+        TO_ZERO, estimator, optax.sgd(0.1), space=space
+    )
+    unit = hg.spaces.Interval(0.0, 1.0)
+    state = make_loop(unit).init(jnp.zeros(2), alpha)
+    other = make_loop(space)
+    for call in (other.alpha, other.step, lambda s: other.run(s, num_steps=1)):
+        with pytest.raises(ValueError, match="same space"):
+            call(state)
+        with pytest.raises(TypeError, match="OuterState"):
+            call(alpha)
+    same = make_loop(hg.spaces.Interval(0.0, 1.0))
+    np.testing.assert_allclose(same.alpha(state), alpha, rtol=1e-12)
+    in_jit = jax.jit(lambda state: same.alpha(state))(state)
+    np.testing.assert_allclose(in_jit, alpha, rtol=1e-12)
 
 
 def test_the_state_of_a_failed_run_is_refused():
