@@ -59,13 +59,13 @@ class Checkpoints:
     the records of all steps. The same call with the same folder continues from the
     newest checkpoint and ends with the bits of a run that was never interrupted. After
     a finished run it returns the trace, or continues to a larger ``num_steps`` or
-    ``budget``.
+    ``budget``; metrics of the former last step stay, which a longer run may not have.
 
     Args:
       folder: Folder of this run only; it is created if it does not exist.
       every: Number of outer steps between checkpoints, rounded up to a multiple of
         ``record_every``. The end of a run is saved too, and so is the block of steps
-        that Ctrl-C ends.
+        that Ctrl-C or an error of ``progress`` ends.
 
     The last two intact checkpoints are kept. A new one counts only once it is complete
     and on disk, so that it survives a power failure. The SHA-256 of all files is

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -241,7 +241,8 @@ class _HostRun:
                 and self.num_steps_made > 0
                 and (is_end or self._is_at_interval(self._report_interval()))
             ):
-                self.show_progress(self._make_update())
+                with self._saved_if_it_fails():
+                    self.show_progress(self._make_update())
         if self.folder is not None and self.was_interrupted():
             raise _interruption(self.folder)
         # A limit that is exceeded at the end of a run does not count.
@@ -258,6 +259,19 @@ class _HostRun:
         return _make_trace(
             self.loop, self.state, rows, self.first_step, status, self.record_every
         )
+
+    @contextlib.contextmanager
+    def _saved_if_it_fails(self) -> Iterator[None]:
+        """Saves the steps made so far if the user's function raises an error.
+
+        Several processes save together, but need not all fail.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.folder is not None and jax.process_count() == 1:
+                self._save(self.folder)
+            raise
 
     def _save(self, folder: CheckpointFolder) -> None:
         """Saves the steps made so far, unless they are saved, as after a Ctrl-C."""

@@ -332,6 +332,15 @@ def test_checkpoints_change_no_bit(every: int, tmp_path):
     assert not calls
 
 
+def test_a_function_that_fails_after_a_step_loses_none(tmp_path):
+    """The steps since the last checkpoint are saved, as after a Ctrl-C."""
+    checkpoints = hg.Checkpoints(tmp_path, every=100)
+    with pytest.raises(Killed):
+        run(checkpoints=checkpoints, progress=kill_at(3))
+    assert steps_in(tmp_path) == [3]
+    assert_same_bits(run(checkpoints=checkpoints), unbroken())
+
+
 def test_a_finished_run_can_be_extended(tmp_path):
     """To a larger number of steps, in the same folder; but not to a smaller one.
 
@@ -495,8 +504,9 @@ def test_an_unreadable_file_is_skipped_and_kept(killed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", faulty_open)
         with pytest.warns(UserWarning, match="corrupt"), pytest.raises(Killed):
-            run(checkpoints=hg.Checkpoints(folder, every=100), progress=kill_at(4))
-    assert modification_times(folder).keys() == before.keys()
+            run(checkpoints=hg.Checkpoints(folder, every=100), progress=kill_at(5))
+    assert steps_in(folder) == [3, 4, 5]
+    assert modification_times(folder).keys() >= before.keys()
     assert_same_bits(run(checkpoints=hg.Checkpoints(folder)), unbroken())
 
 
