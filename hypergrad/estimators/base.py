@@ -84,8 +84,9 @@ REASONS = {
     ),
     "not_reversed": "the reversed run did not return to its starting point",
     "rounding_error": (
-        "the run amplifies rounding errors, as a chaotic one does, or its numbers do "
-        "not resolve w (lower the step size, or use a higher precision)"
+        "the run amplifies rounding errors, as a chaotic one does, its numbers do not "
+        "resolve w, or the parts of the hypergradient cancel (lower the step size, or "
+        "use a higher precision)"
     ),
     "difference_error": (
         "the errors of the differences are not measured (use hg.certify)"
@@ -96,7 +97,8 @@ REASONS = {
     ),
     "random": "the estimate is a random sample whose bias is not measured",
     "standard_error": (
-        "the samples differ too much: standard_error > 1e-2 (take more samples)"
+        "the samples differ too much: standard_error > 1e-2, or less for few samples "
+        "(take more samples)"
     ),
     "biased": (
         "the bias of this estimator is not measured (use hg.certify, or certify_every "

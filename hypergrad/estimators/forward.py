@@ -53,7 +53,8 @@ class Forward(RunEstimator):
       ``Z`` is the change of ``w_T`` if each iterate is rounded, with random signs. The
       norm of ``z dM/dw`` must be at most 1% of that of ``(|w_0| + |w_T|) dM/dw``, and
       at most the root of the rounding error of a number, which is half of its digits.
-      The units of ``w`` do not matter.
+      In bfloat16 and float16 the signs are equal in all steps. The two parts of the
+      hypergradient must not cancel up to rounding. The units of ``w`` do not matter.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 2; shared
     hyperparameters from Micaelli & Storkey 2021 (arXiv 2007.07869).
