@@ -92,6 +92,11 @@ def _check_returns_scalar(name: str, metric: Any, w: PyTree, alpha: PyTree) -> N
     if not is_number or jnp.shape(result) != ():
         got = f"shape {jnp.shape(result)}" if is_number else type(result).__name__
         raise ValueError(f"metrics[{name!r}] must return a scalar; got {got}.")
+    if jnp.issubdtype(jnp.result_type(result), jnp.complexfloating):
+        raise ValueError(
+            f"metrics[{name!r}] must return a real number; got "
+            f"{jnp.result_type(result)}. Return its absolute value or real part."
+        )
 
 
 def metric_at_step(metric: Metric, step: Array) -> Metric:

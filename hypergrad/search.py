@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from . import spaces
@@ -210,7 +211,7 @@ def _check_searcher(searcher: Any, problem: Bilevel) -> None:
 
 def _check_budget(budget: Any) -> None:
     float_converter("budget", optional=False)(budget)
-    if not 0 < budget < math.inf:
+    if np.ndim(budget) or not 0 < budget < math.inf:
         raise ValueError(
             "budget must be a positive, finite number of gradient-equivalents; got "
             f"{budget!r}."

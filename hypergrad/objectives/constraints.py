@@ -2,9 +2,10 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..validation import check_positive_int, float_converter
+from ..validation import check_positive_int, float_converter, is_traced
 from .base import check_positive, check_size
 
 State = tuple[Float[Array, " K-1"], Int[Array, ""]]
@@ -60,6 +61,11 @@ class AugmentedLagrangian(eqx.Module):
 
     def __check_init__(self):
         check_positive("penalty", self.penalty)
+        limits = self.limits
+        if not is_traced(limits) and np.any(np.isnan(limits) | (limits == -np.inf)):
+            raise ValueError(
+                f"limits must not be NaN or -inf, which no loss keeps; got {limits}."
+            )
         check_positive_int("period", self.period)
 
     def init(self, num_objectives: int) -> State:

@@ -67,6 +67,8 @@ def pareto_front(
     """
     if jnp.ndim(preferences) == 0:
         raise ValueError("preferences must have shape [P, ...]; got one number.")
+    if len(preferences) == 0:
+        raise ValueError("preferences must have at least one row; got none.")
     if not callable(aggregator_fn):
         raise TypeError(
             "aggregator_fn must be a function of a preference that returns an "
@@ -92,6 +94,11 @@ def _check_preference(
     """Raises ValueError if no aggregator can be made of a preference."""
     try:
         aggregator_fn(preference)
+    except TypeError as error:
+        raise TypeError(
+            "aggregator_fn must make an aggregator of a preference, as "
+            f"hg.objectives.EPO does; got {aggregator_fn!r}: {error}"
+        ) from error
     except ValueError as error:
         if preference.ndim:
             raise

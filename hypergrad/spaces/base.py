@@ -117,7 +117,14 @@ class BoundedSpace(PrettyModule):
 
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """Returns a shape as a tuple; a single integer is the length of a vector."""
-    return (int(shape),) if isinstance(shape, int | np.integer) else tuple(shape)
+    is_integer = lambda x: isinstance(x, int | np.integer) and x >= 0
+    sizes: Any = shape if np.ndim(shape) else (shape,)
+    if not all(map(is_integer, sizes)):
+        raise ValueError(
+            "shape must be an integer of at least 0, or a tuple of such integers; got "
+            f"{shape!r}."
+        )
+    return tuple(map(int, sizes))
 
 
 def identity(self: Any, x: Any) -> Any:

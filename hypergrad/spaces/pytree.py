@@ -97,14 +97,16 @@ def sample(space: PyTree, key: Array) -> PyTree:
 
     Raises:
       TypeError: A leaf of ``space`` is not a space.
-      ValueError: A space is unbounded.
+      ValueError: A space is unbounded, or there is none.
 
     >>> from hypergrad.spaces import Unit
     >>> sample({"weights": Unit(shape=(2, 3))}, jax.random.key(0))["weights"].shape
     (2, 3)
     """
     leaf_spaces, structure = flatten_space(space)
-    keys = jax.random.split(key, max(len(leaf_spaces), 1))
+    if not leaf_spaces:
+        raise ValueError(f"space must have at least one leaf; got {space!r}.")
+    keys = jax.random.split(key, len(leaf_spaces))
     samples = [leaf.sample(key) for leaf, key in zip(leaf_spaces, keys, strict=True)]
     return structure.unflatten(samples)
 

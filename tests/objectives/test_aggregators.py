@@ -326,6 +326,8 @@ CONSTRUCTORS = {
     "tolerance": ("tolerance", lambda: objectives.EPO(jnp.ones(2), 0.0)),
     "seven losses": ("outer_loss", lambda: objectives.EPO(jnp.ones(7)).init(7)),
     "penalty": ("penalty", lambda: objectives.AugmentedLagrangian(1.0, penalty=-1.0)),
+    "NaN limit": ("limits", lambda: objectives.AugmentedLagrangian(jnp.nan)),
+    "limit below all": ("limits", lambda: objectives.AugmentedLagrangian(-jnp.inf)),
 }  # fmt: skip
 
 

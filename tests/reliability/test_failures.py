@@ -242,6 +242,7 @@ SCALARS = {"w": 0.0, "alpha": 0.5}
 FAILING_METRICS = {
     "missing argument": lambda w, alpha: w,
     "vector": lambda w, alpha, key: jnp.stack([w, w]),
+    "complex number": lambda w, alpha, key: 1j * w,
     "TypeError": lambda w, alpha, key: w + "text",
     "IndexError": lambda w, alpha, batch: (w - batch[1]) ** 2,
 }
@@ -286,6 +287,8 @@ OPTIONS = {
             "space": {"penalty": Unit()},
         },
     ),
+    "empty space": (search, ValueError, "space must have", {"space": {}}),
+    "two budgets": (search, ValueError, "budget", {"budget": np.array([20.0, 30.0])}),
     "vector loss in search": (
         search, ValueError, "inner_loss",
         {"problem": bilevel(lambda w, a, b: jnp.ones(2) * w)},

@@ -42,7 +42,9 @@ INVALID: dict[str, dict[str, Any]] = {
     "optimizer": {
         "number": 0.1, "text": "sgd", "not called": optax.sgd, "none": None, "list": [],
         "state": SGD.init(1.0), "solver": hg.Newton(),
+        "schedule": optax.cosine_decay_schedule(0.1, 10),
     },
+    "shape": {"negative": -2, "fraction": 2.5, "whole float": (2.0,), "text": "ab"},
     "solver": {
         "class": hg.Newton, "text": "newton", "none": None, "number": 3,
         "optax": SGD, "function": abs, "estimator": hg.Implicit(hg.Newton()),
@@ -169,6 +171,8 @@ ARGUMENTS: list[tuple[str, str, str, Call]] = [
     ("rank", "count", "Nystrom", lambda x: hg.Nystrom(x)),
     ("rank", "count", "NystromCG", lambda x: hg.NystromCG(x)),
     ("truncation_length", "count", "Unrolled", lambda x: hg.Unrolled(SOLVER, x)),
+    ("shape", "shape", "Unit", lambda x: spaces.Unit(x)),
+    ("shape", "shape", "Integer", lambda x: spaces.Integer(0, 3, shape=x)),
     ("max_stored_bytes", "count or zero", "Unrolled",
      lambda x: hg.Unrolled(SOLVER, max_stored_bytes=x)),
     ("num_samples", "count", "Average", lambda x: hg.Average(ESTIMATOR, x)),
