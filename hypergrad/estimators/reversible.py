@@ -1,11 +1,13 @@
 """Reverse mode through momentum descent that is run backwards, bit for bit."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -29,8 +31,15 @@ MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 def _to_learning_rate(value: Any) -> Any:
     """Returns a function as it is, and a number as data."""
     check_not_optax_factory("learning_rate", value)
-    to_number = float_converter("learning_rate", optional=False)
-    return value if callable(value) else to_number(value)
+    return value if callable(value) else _to_number("learning_rate", value)
+
+
+def _to_number(name: str, value: Any) -> Any:
+    """Returns a number; raises an error for anything else."""
+    value = float_converter(name, optional=False)(value)
+    if np.ndim(value):
+        raise ValueError(f"{name} must be one number; got shape {np.shape(value)}.")
+    return value
 
 
 class Reversible(RunEstimator):
@@ -109,11 +118,22 @@ class Reversible(RunEstimator):
     def __check_init__(self):
         check_positive_int("num_steps", self.num_steps)
         check_not_optax_factory("momentum", self.momentum)
-        if self.min_momentum is None and callable(self.momentum):
-            raise ValueError(
-                "min_momentum must be given if momentum is a function, because the "
-                "buffer holds log2(1 / min_momentum) bits per number and step."
-            )
+        if callable(self.momentum):
+            if self.min_momentum is None:
+                raise ValueError(
+                    "min_momentum must be given if momentum is a function, because the "
+                    "buffer holds log2(1 / min_momentum) bits per number and step."
+                )
+            momentum = math.inf
+        else:
+            momentum = _to_number("momentum", self.momentum)
+        if self.min_momentum is not None:
+            min_momentum = _to_number("min_momentum", self.min_momentum)
+            if min_momentum > momentum:
+                raise ValueError(
+                    f"min_momentum must be at most the momentum {momentum}; got "
+                    f"{min_momentum}."
+                )
         if not MIN_MOMENTUM <= self._smallest_momentum < 1:
             raise ValueError(
                 f"momentum must be in [1/16, 1); got {self._smallest_momentum!r}. Use "
@@ -140,13 +160,19 @@ class Reversible(RunEstimator):
     ) -> tuple[Array, Array]:
         """Returns ``r`` and ``m`` of a step."""
 
-        def evaluate(hyperparameter: Any) -> Array:
-            value = hyperparameter
+        def evaluate(name: str) -> Array:
+            value = getattr(self, name)
             value = value(alpha) if callable(value) else value
             value = value(step) if callable(value) else value
+            if value is None or np.ndim(value):
+                got = "None" if value is None else f"shape {np.shape(value)}"
+                raise ValueError(
+                    f"{name} must be a function of alpha that returns a number, or a "
+                    f"schedule of numbers; got {got}."
+                )
             return jnp.asarray(value, dtype=float)
 
-        return evaluate(self.learning_rate), evaluate(self.momentum)
+        return evaluate("learning_rate"), evaluate("momentum")
 
     def optimizer_uses_alpha(
         self, problem: Bilevel, w: PyTree, alpha: PyTree, inner_data: PyTree

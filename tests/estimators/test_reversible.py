@@ -268,12 +268,34 @@ def test_trusted_runs_do_not_depend_on_their_last_digits(num_steps, min_trusted)
         ((0.1, 1.0, 5), "momentum"),
         ((0.1, lambda alpha: 0.9, 5), "min_momentum"),
         ((0.1, 0.9, 0), "num_steps"),
+        ((jnp.ones(3), 0.9, 5), "learning_rate"),
+        ((0.1, np.ones(2), 5), "momentum"),
+        ((0.1, "0.9", 5), "momentum"),
+        ((0.1, None, 5), "momentum"),
+        ((0.1, lambda alpha: 0.9, 5, "0.5"), "min_momentum"),
+        ((0.1, 0.5, 5, 0.9), "min_momentum"),
     ],
 )
 def test_invalid_settings_raise(args, name):
     """Invalid settings are named before anything runs."""
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
         hg.Reversible(*args)
+
+
+@pytest.mark.parametrize(
+    ("rate", "momentum", "name"),
+    [
+        (lambda alpha: 0.1 * alpha, 0.9, "learning_rate"),
+        (lambda alpha: None, 0.9, "learning_rate"),
+        (0.1, lambda alpha: 0.5 * alpha, "momentum"),
+        (lambda alpha: lambda step: 0.1 * alpha, 0.9, "learning_rate"),
+    ],
+)
+def test_rates_and_momenta_that_are_no_numbers_are_named(rate, momentum, name):
+    loss = lambda w, alpha, batch: jnp.sum((w - alpha) ** 2)
+    estimator = hg.Reversible(rate, momentum, 5, min_momentum=0.5)
+    with pytest.raises(ValueError, match=f"^{name} must be a function of alpha"):
+        hg.hypergradient(hg.Bilevel(loss, loss), estimator)(jnp.zeros(3), jnp.ones(3))
 
 
 def test_an_optax_schedule_is_not_a_function_of_alpha():
