@@ -1,6 +1,5 @@
 """Reverse mode through momentum descent that is run backwards, bit for bit."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,9 +28,17 @@ MIN_MOMENTUM = 1 / arithmetic.MAX_DIVISOR
 
 
 def _to_learning_rate(value: Any) -> Any:
+    return _to_function_or_number("learning_rate", value)
+
+
+def _to_momentum(value: Any) -> Any:
+    return _to_function_or_number("momentum", value)
+
+
+def _to_function_or_number(name: str, value: Any) -> Any:
     """Returns a function as it is, and a number as data."""
-    check_not_optax_factory("learning_rate", value)
-    return value if callable(value) else _to_number("learning_rate", value)
+    check_not_optax_factory(name, value)
+    return value if callable(value) else _to_number(name, value)
 
 
 def _to_number(name: str, value: Any) -> Any:
@@ -96,7 +103,9 @@ class Reversible(RunEstimator):
     learning_rate: float | Array | Callable[[PyTree], Any] = eqx.field(
         converter=_to_learning_rate
     )
-    momentum: float | Callable[[PyTree], Any] = eqx.field(static=True)
+    momentum: float | Callable[[PyTree], Any] = eqx.field(
+        static=True, converter=_to_momentum
+    )
     num_steps: int = eqx.field(static=True)
     min_momentum: float | None = eqx.field(static=True, default=None)
 
@@ -117,22 +126,18 @@ class Reversible(RunEstimator):
 
     def __check_init__(self):
         check_positive_int("num_steps", self.num_steps)
-        check_not_optax_factory("momentum", self.momentum)
-        if callable(self.momentum):
-            if self.min_momentum is None:
+        if self.min_momentum is None:
+            if callable(self.momentum):
                 raise ValueError(
                     "min_momentum must be given if momentum is a function, because the "
                     "buffer holds log2(1 / min_momentum) bits per number and step."
                 )
-            momentum = math.inf
         else:
-            momentum = _to_number("momentum", self.momentum)
-        if self.min_momentum is not None:
-            min_momentum = _to_number("min_momentum", self.min_momentum)
-            if min_momentum > momentum:
+            largest: Any = 1.0 if callable(self.momentum) else self.momentum
+            if _to_number("min_momentum", self.min_momentum) > largest:
                 raise ValueError(
-                    f"min_momentum must be at most the momentum {momentum}; got "
-                    f"{min_momentum}."
+                    f"min_momentum must be at most the momentum {largest}; got "
+                    f"{self.min_momentum}."
                 )
         if not MIN_MOMENTUM <= self._smallest_momentum < 1:
             raise ValueError(
