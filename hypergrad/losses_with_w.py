@@ -17,15 +17,15 @@ from .problem import Bilevel
 def losses_with_w(
     problem: Bilevel, w: PyTree, alpha: PyTree, batch: PyTree
 ) -> Sequence[int]:
-    """Returns the indices of the outer losses that use ``w``, or all if none does.
+    """Returns the indices of the outer losses that use ``w``; if none does, the first.
 
-    A single outer loss counts as one that uses it.
+    Shapes are then those of an estimate, whose adjoint is zero.
     """
     losses = problem.outer_losses
     if len(losses) == 1:
         return (0,)
     with_w = [i for i, loss in enumerate(losses) if uses_w(loss, w, alpha, batch)]
-    return with_w or range(len(losses))
+    return with_w or (0,)
 
 
 def pull_back_losses(

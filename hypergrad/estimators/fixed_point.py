@@ -138,7 +138,7 @@ class FixedPoint(eqx.Module):
       factor by which such lengths contract. The K iterations for ``v`` at a fixed ``w``
       are continued in the same way, and the larger estimate counts. An estimate is
       trusted if it is at most 1e-2, the last steps of ``w`` change along ``v`` as
-      ``dPhi/dw`` predicts, but for half of their length, which an oscillation around a
+      ``dPhi/dw`` predicts to within half of their length, which an oscillation around a
       kink does not, and ``adjoint_residual`` is at most 1e-2, which is
 
         ||s (b + (dPhi/dw)' v - v)|| / ||s b||    with the entries ``s = |w_0| + |w_T|``

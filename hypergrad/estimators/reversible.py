@@ -14,6 +14,7 @@ from ..batches import at_draw, sample_batch
 from ..certificate import TRUST_RTOL
 from ..checks.lost_derivatives import lost_in_rates_flags
 from ..checks.problem import check_problem
+from ..implicit.minimum import is_cancelled
 from ..jaxprs.inspection import used_inputs
 from ..method_summary import MethodSummary
 from ..problem import Bilevel, EstimateData
@@ -83,7 +84,8 @@ class Reversible(RunEstimator):
       ``||(|w_0| + |w_T|) dM/dw||``. Without the rounding of the momentum it must also
       be at most the root of the relative change of the outer value by one unit of the
       velocities, so that this value keeps half of its digits. Numbers that the integers
-      do not resolve, and runs that amplify rounding errors, are therefore not trusted.
+      do not resolve, and runs that amplify rounding errors, are therefore not trusted,
+      nor are hypergradients whose two parts cancel up to rounding.
 
     Raises:
       TypeError: ``learning_rate`` or ``momentum`` is an optax function.
@@ -245,6 +247,7 @@ class Reversible(RunEstimator):
         rounding_error, error_estimate = steps.relative_rounding_errors(carry)
         (init_term,) = init_pullback(cast_like(carry.w_bar, init_w))
         hypergradient = cast_like(optax.tree.add(carry.alpha_bar, init_term), alpha)
+        indirect = optax.tree.sub(hypergradient, carry.direct)
         is_equal = jax.tree.map(
             jnp.array_equal, (carry.w, carry.v), (init_carry.w, init_carry.v)
         )
@@ -259,7 +262,8 @@ class Reversible(RunEstimator):
                 "out_of_range": ~carry.is_in_range,
                 "not_reversed": ~is_reversed,
                 "rounding_error": ~(error_estimate <= TRUST_RTOL)
-                | loses_half_of_digits(rounding_error, carry.resolution),
+                | loses_half_of_digits(rounding_error, carry.resolution)
+                | is_cancelled(hypergradient, indirect, carry.final_w),
                 **lost_in_rates_flags(self, alpha),
             },
             num_steps=self.num_steps,

@@ -39,6 +39,7 @@ class Carry(eqx.Module):
       w_bar, v_bar: The adjoints ``dM/dw_t`` and ``dM/dv_t``; zero on the way forward.
       alpha_bar: ``dM/dalpha`` summed over the steps that were undone. Sums are at least
         float32, whatever the dtypes of ``w`` and ``alpha``.
+      direct: ``dM/dalpha`` at ``w_T``, with which this sum begins.
       is_in_range: False once a number or the momentum has left its range.
       rounding_variance: Variance that the rounding of the steps causes in the outer
         value, in units of ``outer_unit^2``.
@@ -58,6 +59,7 @@ class Carry(eqx.Module):
     w_bar: PyTree
     v_bar: PyTree
     alpha_bar: PyTree
+    direct: PyTree
     is_in_range: Bool[Array, ""]
     rounding_variance: Array
     momentum_change: Array
@@ -108,6 +110,7 @@ class MomentumSteps:
             w_bar=optax.tree.zeros_like(widen(init_w)),
             v_bar=optax.tree.zeros_like(widen(init_w)),
             alpha_bar=optax.tree.zeros_like(widen(self.alpha)),
+            direct=optax.tree.zeros_like(widen(self.alpha)),
             is_in_range=jnp.asarray(True),
             rounding_variance=zero,
             momentum_change=zero,
@@ -228,6 +231,7 @@ class MomentumSteps:
             ),
             w_bar=widen(w_bar),
             alpha_bar=widen(alpha_bar),
+            direct=widen(alpha_bar),
             final_w=final_w,
         )
         return self.undo_update_w(carry, num_steps)

@@ -5,8 +5,8 @@ adjoint. To first order the outer value changes by ``sum_t p_t' u_t``. Relative 
 ``||(|w_0| + |w_T|) dM/dw||`` this number is small, whatever the units of ``w`` and of
 the losses, unless the steps amplify rounding errors. In a chaotic run it grows
 exponentially with the number of steps, and so does the relative error of the
-hypergradient. Errors have random signs, but in numbers of 16 bits: there a step that is
-shorter than half a unit in the last place is lost, again and again in one direction.
+hypergradient. Errors have random signs, except in numbers of 16 bits, where steps
+shorter than half a unit in the last place are lost again and again in one direction.
 
 In forward mode the tangent ``z_T`` of random errors ``u_t`` is the change of ``w_T``,
 and ``||z_T dM/dw||`` takes the place of the sum.

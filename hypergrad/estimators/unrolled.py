@@ -84,7 +84,8 @@ class Unrolled(RunEstimator):
     Trust: values are finite, no derivative is lost, and the steps do not amplify
       rounding errors, so that a chaotic run is not trusted: the rounding of the
       iterates must not change the outer value by more than 1%, or in more than half of
-      its digits. In bfloat16 and float16 the errors of all steps are taken to add up.
+      its digits. In bfloat16 and float16 the errors of all steps are taken to add up,
+      so that few runs of more than some ten steps are trusted.
       The reverse pass yields this for one product of vectors like ``w`` per step. The
       two parts of the hypergradient must not cancel up to rounding. Rounding that
       changes ``dM/dw`` more than ``M`` is not seen: see *Trust* in the documentation.

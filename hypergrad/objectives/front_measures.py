@@ -61,8 +61,7 @@ def hypervolume(
     points, reference = jnp.asarray(points), jnp.asarray(reference)
     if points.ndim != 2 or points.size == 0 or reference.shape != points.shape[1:]:
         raise ValueError(
-            "points must have shape [P, K], P >= 1, and reference [K]; got "
-            "shapes "
+            "points must have shape [P, K], P >= 1, and reference [K]; got shapes "
             f"{points.shape} and {reference.shape}."
         )
     # A point that is not below the reference adds nothing; a NaN remains.

@@ -177,8 +177,10 @@ def check_space_of_state(loop: "OuterLoop", state: Any) -> None:
     spaces = state.space, loop.space
     is_same = jax.tree.structure(spaces[0]) == jax.tree.structure(spaces[1])
     if is_same and not is_traced(spaces):
-        equal = jax.tree.map(lambda x, y: np.all(np.equal(x, y)), *spaces)
-        is_same = all(jax.tree.leaves(equal))
+        # A state of several runs has leading axes.
+        fits = lambda x, y: jnp.shape(x)[jnp.ndim(x) - jnp.ndim(y) :] == jnp.shape(y)
+        equal = lambda x, y: fits(x, y) and bool(np.all(np.equal(x, y)))
+        is_same = all(jax.tree.leaves(jax.tree.map(equal, *spaces)))
     if not is_same:
         raise ValueError(
             "state must come from a loop with the same space, because its numbers are "

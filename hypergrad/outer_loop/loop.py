@@ -1,5 +1,6 @@
 """`OuterLoop`: the outer problem together with the rule that moves ``alpha``."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +200,9 @@ class OuterLoop(eqx.Module):
           ``w``, which later steps do not change.
         """
         check_space_of_state(self, state)
-        return jitted_step(self, state)
+        next_state, record = jitted_step(self, state)
+        # The same arrays, so that the next check waits for no computation.
+        return dataclasses.replace(next_state, space=state.space), record
 
     def alpha(self, state: OuterState) -> PyTree:
         """Returns the ``alpha`` of a state."""

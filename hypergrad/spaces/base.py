@@ -118,7 +118,7 @@ class BoundedSpace(PrettyModule):
 def as_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     """Returns a shape as a tuple; a single integer is the length of a vector."""
     is_integer = lambda x: isinstance(x, int | np.integer) and x >= 0
-    sizes: Any = shape if np.ndim(shape) else (shape,)
+    sizes: Any = shape if isinstance(shape, tuple | list | np.ndarray) else (shape,)
     if not all(map(is_integer, sizes)):
         raise ValueError(
             "shape must be an integer of at least 0, or a tuple of such integers; got "

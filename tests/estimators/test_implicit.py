@@ -494,6 +494,23 @@ def test_no_system_is_solved_for_a_loss_without_w(estimator):
     chex.assert_trees_all_close(joint_state.adjoint, adjoints, rtol=1e-12)
 
 
+def test_losses_that_all_lack_w_cost_one_system():
+    """It keeps the shapes, and its solution is zero."""
+    squares = lambda w, alpha, batch: jnp.sum(alpha**2)
+    estimators = hg.Implicit(RIDGE_STEPS), hg.Unrolled(RIDGE_STEPS)
+    data = RIDGE.problem.inner_data, RIDGE.problem.outer_data
+    for estimator in estimators:
+        one, two = (
+            hg.hypergradient(hg.Bilevel(ridge_penalty, losses, *data), estimator)(
+                RIDGE.w, RIDGE.alpha
+            )
+            for losses in (squares, (squares, squares))
+        )
+        assert two.stats["num_hvps"] == one.stats["num_hvps"]
+        expected = jnp.stack([one.hypergradient] * 2)
+        chex.assert_trees_all_close(two.hypergradient, expected, rtol=1e-14)
+
+
 def test_a_loss_without_w_hides_no_curvature():
     """It has no system to solve, and so no curvature of its own."""
     penalty = lambda w, alpha, batch: jnp.sum(alpha**2)

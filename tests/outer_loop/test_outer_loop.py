@@ -214,6 +214,7 @@ def test_states_that_cannot_be_continued_are_refused():
     [
         pytest.param(hg.spaces.Interval(0.0, 100.0), id="other bounds"),
         pytest.param(hg.spaces.Positive(), id="other kind"),
+        pytest.param(hg.spaces.Interval(jnp.zeros(3), jnp.ones(3)), id="other size"),
         pytest.param(None, id="none"),
     ],
 )
