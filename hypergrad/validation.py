@@ -284,8 +284,8 @@ def check_optimizer(name: str, value: Any) -> None:
     if isinstance(value, optax.GradientTransformation):
         return
     got, remedy = type(value).__name__, ""
-    if function := _optax_function(value):
-        got, remedy = function[0], f" {function[1]}."
+    if description := _describe_optax_function(value):
+        got = description
     elif isinstance(value, type):
         got = f"the class {value.__name__}"
     elif hasattr(value, "tx"):  # of flax, with the state of the optimizer
@@ -298,21 +298,21 @@ def check_optimizer(name: str, value: Any) -> None:
 
 def check_not_optax_factory(name: str, value: Any) -> None:
     """Raises TypeError for ``optax.sgd`` where ``optax.sgd(0.1)`` was meant."""
-    if function := _optax_function(value):
+    if description := _describe_optax_function(value):
         raise TypeError(
             f"{name} must be an optax transformation or a function of alpha; got "
-            f"{function[0]}. {function[1]}, or write a function alpha -> {name}."
+            f"{description}, or write a function alpha -> {name}."
         )
 
 
-def _optax_function(value: Any) -> tuple[str, str] | None:
-    """Returns what a function of optax is, and advice; None for anything else."""
+def _describe_optax_function(value: Any) -> str | None:
+    """Returns what a function of optax is, with advice; None for anything else."""
     module, name = (getattr(value, f"__{x}__", "") for x in ("module", "qualname"))
-    if not (callable(value) and (module or "").startswith("optax")):  # None by `exec`
+    if not (callable(value) and str(module).startswith("optax")):
         return None
     if "<locals>" in name:
-        return "a schedule", "Pass it to an optimizer, as in optax.sgd(schedule)"
-    return f"the factory optax.{name}", f"Call it first, as in optax.{name}(0.1)"
+        return "a schedule. Pass it to an optimizer, as in optax.sgd(schedule)"
+    return f"the factory optax.{name}. Call it first, as in optax.{name}(0.1)"
 
 
 def check_hashable(name: str, function: Any) -> None:

@@ -134,7 +134,7 @@ class Implicit(eqx.Module):
       scaling of their own in each estimate, by eight products. With ``rtol``: up to two
       full gradients and one for every ten of inner steps, and an adjoint solve with its
       error per round. With ``certify``: two Newton and adjoint solves, and a probe.
-      Outer losses without ``w``, such as a number of FLOPs, take no product.
+      Of several outer losses those without ``w``, as a number of FLOPs, take none.
     Memory:
       About 25 vectors like ``w`` by default, whatever the number of inner steps.
     Bias:

@@ -88,7 +88,7 @@ class Unrolled(RunEstimator):
       so that few runs of more than some ten steps are trusted.
       The reverse pass yields this for one product of vectors like ``w`` per step. The
       two parts of the hypergradient must not cancel up to rounding. Rounding that
-      changes ``dM/dw`` more than ``M`` is not seen: see *Trust* in the documentation.
+      changes ``dM/dw`` more than ``M`` is not seen; the page on trust has examples.
 
     Source: Franceschi et al. 2017 (arXiv 1703.01785), algorithm 1; truncation from
     Shaban et al. 2019 (arXiv 1810.10667); checkpoints from Griewank & Walther 2000;

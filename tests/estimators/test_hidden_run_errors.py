@@ -82,12 +82,12 @@ def test_parts_that_cancel_are_not_trusted(estimator):
 @pytest.mark.parametrize("rate", [1e-3, 5e-4])
 def test_an_oscillation_around_a_kink_is_no_fixed_point(rate):
     """The minimum is ``(alpha - 1/2, 0)``, where the steps of ``w_2`` change sign."""
-    center, goal = jnp.array([1.0, 0.2]), jnp.array([0.4, -1.0])
+    inner_center, outer_center = jnp.array([1.0, 0.2]), jnp.array([0.4, -1.0])
     distance = lambda w, center: 0.5 * jnp.sum((w - center) ** 2)
     inner = lambda w, alpha, batch: (
-        distance(w, alpha * center) + 0.5 * jnp.sum(jnp.abs(w))
+        distance(w, alpha * inner_center) + 0.5 * jnp.sum(jnp.abs(w))
     )
-    outer = lambda w, alpha, batch: distance(w, goal)
+    outer = lambda w, alpha, batch: distance(w, outer_center)
     solver = hg.Descent(optax.sgd(rate), int(10 / rate))
     estimator = hg.FixedPoint(solver, int(5 / rate))
     estimate = hg.hypergradient(hg.Bilevel(inner, outer), estimator)(
