@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import subprocess
@@ -267,19 +268,22 @@ def test_a_pool_is_replaced_when_a_process_has_ended():
 def test_a_run_that_is_stopped_ends_its_processes():
     """Neither the cell that runs nor one that waits is finished."""
     processes, futures = [], []
+    others = multiprocessing.active_children()
 
     def run_until_stopped():
         with executor_of(2) as pool:
             pool.submit(abs, -2).result()
             futures.extend(pool.submit(time.sleep, 10_000) for _ in range(9))
-            processes.extend(multiprocessing.active_children())
+            processes.extend(set(multiprocessing.active_children()) - set(others))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_until_stopped()
+    assert len(processes) == 2
+    # The thread of the pool waits for the same processes, and `is_alive` may be wrong
+    # while it does. The sentinel of a process is ready once the process has ended.
     for process in processes:
-        process.join(60)
-    assert not any(process.is_alive() for process in processes)
+        assert multiprocessing.connection.wait([process.sentinel], timeout=60)
     with pytest.raises((concurrent.futures.CancelledError, BrokenProcessPool)):
         futures[-1].result()
 
