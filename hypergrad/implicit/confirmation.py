@@ -48,9 +48,9 @@ def confirm_error(
         H d = dL/dw,    H(w+) e = dM/dw(w+) - H(w+) v,
 
     where ``w+`` is known up to rounding. It is infinite if one of them is not solved in
-    as many products as the adjoint took, or 25 at least, meets negative curvature, or
-    leaves more than a fifth of ``||S dL/dw||``, and more than rounding. Any other error
-    stays as it is.
+    twice as many products as the adjoint took, or 25 at least, meets negative
+    curvature, or leaves more than a fifth of ``||S dL/dw||``, and more than rounding.
+    Any other error stays as it is.
 
     Args:
       point, scaling: As for `scaled_hypergradient`.
@@ -65,9 +65,10 @@ def confirm_error(
     nine products if the step leaves more than a fifth of the gradient or is not solved.
     """
     largest_error = jnp.maximum(error.inner_error, error.adjoint_error)
-    # A confirmation costs at most two solves as long as the one for the adjoint.
+    # A confirmation costs at most four solves as long as the one for the adjoint. A
+    # direct solver makes a product per dimension, and CG makes more by rounding.
     num_products = jnp.max(result.linear_stats["num_products"])
-    max_steps = jnp.maximum(num_products, MIN_MAX_STEPS)
+    max_steps = jnp.maximum(2 * num_products, MIN_MAX_STEPS)
     is_decisive = (error.relative_change > NEGLIGIBLE_PART * rtol) & (
         (largest_error <= rtol) & ~error.negative_curvature
     )
