@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
-from scipy import special
 
 from ..certificate import TRUST_RTOL
 from ..trees import divide, norm, power_of_two_scale, ratio
@@ -54,6 +53,8 @@ def max_standard_error(num_samples: int) -> float:
     """
     if num_samples < MIN_SAMPLES:
         return MAX_ERROR_OF_FEW
+    from scipy import special  # it takes long to import
+
     quantile = 0.975
     t = special.stdtrit(num_samples - 1, quantile)
     return TRUST_RTOL * float(special.ndtri(quantile) / t)
