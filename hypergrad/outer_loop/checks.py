@@ -174,7 +174,7 @@ def check_space_of_state(loop: "OuterLoop", state: Any) -> None:
             "state must be an OuterState, from loop.init(w, alpha) or trace.state; got "
             f"{type(state).__name__}."
         )
-    spaces = state.space, loop.space
+    spaces = state.space, eqx.filter(loop.space, eqx.is_array)
     is_same = jax.tree.structure(spaces[0]) == jax.tree.structure(spaces[1])
     if is_same and not is_traced(spaces):
         # A state of several runs has leading axes.

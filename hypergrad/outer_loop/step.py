@@ -144,7 +144,7 @@ def init_state(loop: "OuterLoop", w: PyTree, alpha: PyTree, key: Array) -> Outer
     state = OuterState(
         step=jnp.asarray(0),
         status=jnp.asarray(0),
-        space=jax.tree.map(jnp.array, loop.space),
+        space=jax.tree.map(jnp.array, eqx.filter(loop.space, eqx.is_array)),
         u=u,
         good_u=u,
         w=w,
