@@ -99,11 +99,7 @@ def argmin(
     ) -> PyTree:
         w0, _ = as_input_arrays(w0, alpha, differentiable=False)
         key = as_key(key)
-        if isinstance(batch, Batches):
-            raise TypeError(
-                "batch must be a pytree of arrays, which argmin uses whole; got "
-                "Batches. Pass its full_batch()."
-            )
+        _check_batch(batch)
         init_w, loss = remove_keys(w0), bind_keys_to_function(inner_loss, keys_of(w0))
         check_scalar_loss("inner_loss", loss, init_w, alpha, batch)
         check_same_on_devices(
@@ -121,6 +117,15 @@ def argmin(
         return restore_keys(w, keys_of(w0))
 
     return solution_fn
+
+
+def _check_batch(batch: PyTree) -> None:
+    """Raises TypeError for `Batches` in place of arrays."""
+    if isinstance(batch, Batches):
+        raise TypeError(
+            "batch must be a pytree of arrays, which argmin uses whole; got Batches. "
+            "Pass its full_batch()."
+        )
 
 
 def _make_pure_solver(

@@ -367,8 +367,10 @@ class FixedPoint(eqx.Module):
         (*_, final_h), (changes, deviations) = jax.lax.scan(
             body_fun, init_carry, length=self.num_check_steps
         )
-        last = self.num_check_steps // 4
-        deviation, path, rounding = (jnp.sum(x[-last:], axis=0) for x in deviations)
+        num_final = self.num_check_steps // 4
+        deviation, path, rounding = (
+            jnp.sum(x[-num_final:], axis=0) for x in deviations
+        )
         leaves_model = (deviation > MAX_DEVIATION * path) & (deviation > rounding)
         return final_h, jnp.moveaxis(changes, 0, -1), jnp.any(leaves_model)
 
@@ -399,12 +401,13 @@ def _deviation(
       smooth steps; the sum of the absolute values of both terms' entries; and the
       rounding error of the first.
     """
-    last, new = optax.tree.sub(x, prev_x), optax.tree.sub(next_x, x)
+    prev_step, step = optax.tree.sub(x, prev_x), optax.tree.sub(next_x, x)
     unit = power_of_two_scale((v, phi_v))
     v, phi_v = divide((v, phi_v), unit)
     absolute = lambda tree: jax.tree.map(jnp.abs, tree)
-    deviation = jnp.abs(vdot(v, new) - vdot(phi_v, last))
-    path = vdot(absolute(v), absolute(new)) + vdot(absolute(phi_v), absolute(last))
+    deviation = jnp.abs(vdot(v, step) - vdot(phi_v, prev_step))
+    path = vdot(absolute(v), absolute(step))
+    path += vdot(absolute(phi_v), absolute(prev_step))
     rounding = NUM_ROUNDINGS * machine_eps(x) * vdot(absolute(v), absolute(x))
     return deviation * unit, path * unit, rounding * unit
 

@@ -104,19 +104,19 @@ def solve_adjoint(
         rtol=rtol,
     )
     problem, w, alpha, _, outer_batch = point
-    solved = losses_with_w(problem, w, alpha, outer_batch)
-    if len(solved) == len(problem.outer_losses):
+    indices = losses_with_w(problem, w, alpha, outer_batch)
+    if len(indices) == len(problem.outer_losses):
         return solve(point, adjoint=adjoint, duals=duals)
     solution = solve(
-        point._replace(problem=problem.with_losses(solved)),
-        adjoint=take_losses(adjoint, solved),
-        duals=take_losses(duals, solved),
+        point._replace(problem=problem.with_losses(indices)),
+        adjoint=take_losses(adjoint, indices),
+        duals=take_losses(duals, indices),
     )
-    return _with_direct_losses(point, solution, solved)
+    return _with_direct_losses(point, solution, indices)
 
 
 def _with_direct_losses(
-    point: Point, solution: AdjointSolution, solved: Sequence[int]
+    point: Point, solution: AdjointSolution, indices: Sequence[int]
 ) -> AdjointSolution:
     """Returns the solution of all K losses from that of those which use ``w``.
 
@@ -124,8 +124,8 @@ def _with_direct_losses(
     """
     problem, w, alpha, _, outer_batch = point
     num_losses = len(problem.outer_losses)
-    direct = [i for i in range(num_losses) if i not in solved]
-    from_solved = lambda tree: fill_losses(tree, solved, num_losses)
+    direct = [i for i in range(num_losses) if i not in indices]
+    from_solved = lambda tree: fill_losses(tree, indices, num_losses)
     value, _, direct_term = problem.with_losses(direct).outer_value_and_grads(
         w, alpha, outer_batch
     )
@@ -143,7 +143,7 @@ def _with_direct_losses(
         residual=from_solved(result.residual),
         adjoint_residual=from_solved(result.adjoint_residual),
     )
-    num_outer_grads = solution.num_outer_grads * len(solved) + len(direct)
+    num_outer_grads = solution.num_outer_grads * len(indices) + len(direct)
     return solution._replace(
         result=result,
         duals=from_solved(solution.duals),

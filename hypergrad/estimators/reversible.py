@@ -135,10 +135,10 @@ class Reversible(RunEstimator):
                     "buffer holds log2(1 / min_momentum) bits per number and step."
                 )
         else:
-            largest: Any = 1.0 if callable(self.momentum) else self.momentum
-            if _to_number("min_momentum", self.min_momentum) > largest:
+            max_momentum: Any = 1.0 if callable(self.momentum) else self.momentum
+            if _to_number("min_momentum", self.min_momentum) > max_momentum:
                 raise ValueError(
-                    f"min_momentum must be at most the momentum {largest}; got "
+                    f"min_momentum must be at most the momentum {max_momentum}; got "
                     f"{self.min_momentum}."
                 )
         if not MIN_MOMENTUM <= self._smallest_momentum < 1:

@@ -230,7 +230,7 @@ def test_a_certificate_is_trusted_if_no_flag_is_set():
         lambda w, a, b: w[0] ** 2 - w[1] ** 2 + a * jnp.sum(w), lambda w, a, b: w @ w
     )
     lost = hg.Bilevel(
-        lambda w, a, b: (w - a) ** 2 + 0.0 * jnp.sign(w), TO_ONE.outer_loss
+        lambda w, a, b: (w - a) ** 2 + 0.0 * jnp.sign(w), lambda w, a, b: w**2
     )
     points = {"saddle": (saddle, jnp.ones(2)), "lost": (lost, 1.0)}
     results = {
