@@ -19,7 +19,9 @@ MAXIMA = {"reduce_max", "reduce_min", "max", "min"}
 COMPARISONS = {"eq", "ge", "gt", "le", "lt", "ne"}
 
 #: Operations on floats whose derivative is zero wherever it exists.
-PIECEWISE_CONSTANT = {"sign", "round", "floor", "ceil", "stop_gradient"}
+PIECEWISE_CONSTANT = {
+    "sign", "round", "floor", "ceil", "stop_gradient", "bitcast_convert_type",
+}  # fmt: skip
 
 #: Operations that add two terms.
 SUMS = {"add", "add_any", "sub"}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-#: A guard such as ``+ 1e-9`` in a divisor hides nothing of a derivative, because the
+#: A guard such as ``+ 1e-9`` in a divisor hides nothing of a derivative where the
 #: exponentials of shifted values add up to 1 at least.
 MAX_GUARD = 1e-6
 
@@ -59,18 +59,29 @@ class StoppedValue:
 Terms = frozenset[tuple[StoppedValue, float]]
 
 
-class Shift(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Shift:
     """A sum of stopped values that is added, or whose exponential is a factor.
+
+    Two shifts are equal if their terms are.
 
     Attributes:
       terms: Pairs of a stopped value and its coefficient, which is not zero.
       is_factor: Whether the value is ``v exp(s)`` instead of ``v + s``.
       unweighted: The terms before a product with a constant, if the value is one.
+      has_mask: Whether elements may be masks, which only an exponential or a maximum
+        treats as if they had the shift.
+      is_shifted: Whether the value is ``v - max(v)`` as far as is known, or a positive
+        multiple or the exponential of one.
+      is_total: Whether it is the sum of such exponentials, which is at least 1.
     """
 
     terms: Terms = frozenset()
     is_factor: bool = False
     unweighted: Terms = frozenset()
+    has_mask: bool = dataclasses.field(default=False, compare=False)
+    is_shifted: bool = dataclasses.field(default=False, compare=False)
+    is_total: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def axes(self) -> set[int]:
@@ -83,7 +94,7 @@ class Shift(NamedTuple):
             frozenset((f(value), n) for value, n in terms)
             for terms in (self.terms, self.unweighted)
         )
-        return Shift(terms, self.is_factor, unweighted)
+        return dataclasses.replace(self, terms=terms, unweighted=unweighted)
 
 
 NO_SHIFT = Shift()
@@ -139,7 +150,8 @@ def repeated_axes(equation: Any, repeated: frozenset[int]) -> frozenset[int]:
 def add_shifts(x: Shift, y: Shift, factor: float = 1, is_factor: bool = False) -> Shift:
     """Returns ``x + factor * y``."""
     terms = _collect([*x.terms, *((value, factor * n) for value, n in y.terms)])
-    return Shift(terms, is_factor and bool(terms))
+    has_mask = (x.has_mask or y.has_mask) and not is_factor
+    return Shift(terms, is_factor and bool(terms), has_mask=has_mask)
 
 
 def _collect(terms: Iterable[tuple[StoppedValue, float]]) -> Terms:
@@ -166,12 +178,20 @@ def common_shift(operands: Sequence[Any]) -> Shift | None:
         return NO_SHIFT
     is_factor = any(x.shift.is_factor for x in operands)
     is_neutral = lambda c: c == 0 if is_factor else c <= MASKED
-    shifts = {
+    shifts = [
         x.shift
         for x in operands
         if not (x.is_constant and x.constant is not None and is_neutral(x.constant))
-    }
-    return shifts.pop() if len(shifts) == 1 else None
+    ]
+    if len(set(shifts)) != 1:
+        return None
+    has_mask = len(shifts) < len(operands) or any(x.has_mask for x in shifts)
+    return dataclasses.replace(
+        shifts[0],
+        has_mask=has_mask and not is_factor,
+        is_shifted=len(operands) == 1 and shifts[0].is_shifted,
+        is_total=all(x.is_total for x in shifts),
+    )
 
 
 def shift_of_result(equation: Any, operands: list[Any]) -> Shift | None:
@@ -192,12 +212,14 @@ def shift_of_result(equation: Any, operands: list[Any]) -> Shift | None:
             return _shift_of_product(equation, operands)
         case "dot_general" if len(operands) == 2:
             return _shift_of_dot(equation, operands)
+        case "reduce_sum" if x.terms and x.has_mask:
+            return None
         case "reduce_sum" if not is_factor:
             return _sum_shift(x, equation.invars[0].aval.shape, equation.params["axes"])
         case "neg":
             return x if is_factor else add_shifts(NO_SHIFT, x, -1)
         case "exp" if not is_factor:
-            return Shift(x.terms, True)
+            return Shift(x.terms, True, is_shifted=x.is_shifted)
         case "exp2" if not is_factor:
             return add_shifts(NO_SHIFT, x, math.log(2), True)
         case "log" if is_factor:
@@ -208,7 +230,15 @@ def shift_of_result(equation: Any, operands: list[Any]) -> Shift | None:
     keeps_factor = name in ("reduce_sum", "cumsum") or (name == "abs" and is_real)
     if name in MOVES or (is_factor and keeps_factor):
         common = common_shift(operands)
-        return common and _move(common, _new_axes(equation))
+        result = common and _move(common, _new_axes(equation))
+        if result is None:
+            return None
+        return dataclasses.replace(
+            result,
+            has_mask=result.has_mask and name != "reduce_max",
+            is_shifted=result.is_shifted and name in SAME_ELEMENTS,
+            is_total=result.is_total or (name == "reduce_sum" and result.is_shifted),
+        )
     return None
 
 
@@ -216,22 +246,29 @@ def _shift_of_sum(name: str, operands: list[Any], is_factor: bool) -> Shift | No
     a, b = operands
     x, y = a.shift, b.shift
     if not is_factor:
-        return add_shifts(x, y, -1 if name == "sub" else 1)
-    is_guard = lambda c: c is not None and abs(c) <= MAX_GUARD
-    if is_guard(a.constant) or is_guard(b.constant):
-        return y if is_guard(a.constant) else x
+        total = add_shifts(x, y, -1 if name == "sub" else 1)
+        is_shifted = name == "sub" and isinstance(b.identity, Stopped) and not x.terms
+        return dataclasses.replace(total, is_shifted=is_shifted)
+    for operand, other in ((a, b), (b, a)):
+        if _is_guard(other.constant, operand.shift):
+            return operand.shift
     return x if x == y else None
 
 
-def _shift_of_extremum(name: str, operands: list[Any], is_factor: bool) -> Shift | None:
-    def is_neutral(c: float) -> bool:
-        is_bound = c <= MASKED if name == "max" else c == math.inf
-        return is_bound or (is_factor and abs(c) <= MAX_GUARD)
+def _is_guard(c: float | None, total: Shift) -> bool:
+    """Returns True if a constant hides nothing of the derivative of a total."""
+    return c is not None and (c == 0 or (abs(c) <= MAX_GUARD and total.is_total))
 
-    shifts = {
-        x.shift for x in operands if x.constant is None or not is_neutral(x.constant)
-    }
-    return shifts.pop() if len(shifts) == 1 else None
+
+def _shift_of_extremum(name: str, operands: list[Any], is_factor: bool) -> Shift | None:
+    is_bound = lambda c: c <= MASKED if name == "max" else c == math.inf
+    for operand, other in (operands, operands[::-1]):
+        c = other.constant
+        is_guard = is_factor and name == "max" and _is_guard(c, operand.shift)
+        if c is not None and (is_bound(c) or is_guard):
+            return dataclasses.replace(operand.shift, has_mask=False)
+    x, y = (operand.shift for operand in operands)
+    return x if x == y else None
 
 
 def _shift_of_product(equation: Any, operands: list[Any]) -> Shift | None:
@@ -245,9 +282,11 @@ def _shift_of_product(equation: Any, operands: list[Any]) -> Shift | None:
     left, right = equation.invars
     x, b, weights = (y, a, left) if y.terms else (x, b, right)
     if b.constant is not None and math.isfinite(b.constant):
-        if is_quotient:
-            return add_shifts(NO_SHIFT, x, 1 / b.constant) if b.constant else None
-        return add_shifts(NO_SHIFT, x, b.constant)
+        if is_quotient and b.constant == 0:
+            return None
+        product = add_shifts(NO_SHIFT, x, b.constant ** (-1 if is_quotient else 1))
+        is_shifted = x.is_shifted and b.constant > 0
+        return dataclasses.replace(product, is_shifted=is_shifted)
 
     weight_axes = varying_axes(weights.aval.shape, b.repeated)
 
@@ -258,7 +297,8 @@ def _shift_of_product(equation: Any, operands: list[Any]) -> Shift | None:
         axes = tuple(sorted({*value.axes, *weight_axes}))
         return StoppedValue(identity, axes, value.lost)
 
-    return Shift(x.apply(weighted).terms, False, x.terms if b.is_constant else Terms())
+    unweighted = x.terms if b.is_constant else Terms()
+    return Shift(x.apply(weighted).terms, False, unweighted, has_mask=x.has_mask)
 
 
 def _shift_of_dot(equation: Any, operands: list[Any]) -> Shift | None:
@@ -282,7 +322,8 @@ def _shift_of_dot(equation: Any, operands: list[Any]) -> Shift | None:
     is_mean = weights.is_constant and weights.constant is None
     if (x.terms and y.terms) or not is_mean or len(contracted[0]) != 1:
         return None
-    return Shift((x if x.terms else y).terms)
+    x = x if x.terms else y
+    return None if x.has_mask else Shift(x.terms)
 
 
 def _sum_shift(x: Shift, shape: Sequence[int], axes: Collection[int]) -> Shift:

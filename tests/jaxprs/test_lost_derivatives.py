@@ -245,6 +245,12 @@ MASK = np.array([[True, False, True], [True, True, False]])
 STABLE = {
     "softmax": lambda x: normalized(jnp.exp(x - row_max(x)))[0, 0],
     "softmax with a guard": lambda x: normalized(jnp.exp(x - row_max(x)), 1e-9)[0, 0],
+    "bound of a sum": lambda x: (
+        jnp.log(jnp.maximum(jnp.sum(jnp.exp(shifted(x) / 2)), 1e-9)) + top(x) / 2
+    ),
+    "finite mask": lambda x: normalized(jnp.exp(jnp.where(MASK, x - row_max(x), -1e5)))[
+        0, 0
+    ],
     "temperature": lambda x: normalized(jnp.exp((x - row_max(x)) / x[1, 1] ** 2))[0, 0],
     "softmin": lambda x: normalized(jnp.exp(-x - row_max(-x)))[0, 0],
     "mask": lambda x: normalized(jnp.where(MASK, jnp.exp(x - row_max(x)), 0))[0, 0],
@@ -352,6 +358,21 @@ NOT_STABLE = {
         lax.cond(x[0, 0] > 9, shifted, jnp.zeros_like, x).sum() + 6 * top(x)
     ),
     "difference from 0": lambda x: jnp.sum(0.0 - shifted(x) + top(x)),
+    "guard of one exponential": lambda x: (
+        jnp.log(jnp.exp(x[0, 0] - top(x) - 20.0) + 1e-7) + top(x)
+    ),
+    "guard of a small sum": lambda x: (
+        jnp.log(jnp.sum(jnp.exp(shifted(x) - 20.0)) + 1e-7) + top(x)
+    ),
+    "bound below a sum": lambda x: (
+        jnp.log(jnp.sum(jnp.minimum(jnp.exp(shifted(x)), 1e-7))) + top(x)
+    ),
+    "mask without an exponential": lambda x: (
+        jnp.sum(jnp.where(MASK, shifted(x), -1e5)) + 6 * top(x)
+    ),
+    "weighted mask": lambda x: (
+        jnp.where(MASK, shifted(x), -1e5).ravel() @ jnp.arange(6.0) + top(x)
+    ),
     "clipped": lambda x: jnp.sum(
         jnp.exp(jnp.maximum(shifted(x), 0.0)) * jnp.exp(top(x))
     ),
@@ -385,6 +406,9 @@ LOST = {
         x[0, 0] > 0, lambda x: jnp.sum(jnp.ceil(x)), lambda x: jnp.sum(x), x
     ),
     "convert_element_type": lambda x: jnp.sum(x) + x.astype(int).astype(float).sum(),
+    "bitcast_convert_type": lambda x: jnp.sum(
+        lax.bitcast_convert_type(x, jnp.float32)[..., 1].astype(float) * x
+    ),
     "argmax": lambda x: jnp.sum(x) + jnp.eye(3)[jnp.argmax(x[0]), 0],
     "sort": lambda x: jnp.sum(x**2) + jnp.arange(3.0)[jnp.argsort(x[0])][0],
     "lt": lambda x: jnp.sum(x) + count_doublings(x[0, 0]),
