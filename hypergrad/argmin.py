@@ -223,9 +223,10 @@ def _make_differentiable_solve(loss, run_solver, static_linear_solver):
 
 def _instantiate(tangent: Any) -> Any:
     """Returns a tangent whose symbolic zeros are arrays."""
-    is_zero = isinstance(tangent, SymbolicZero)
-    shape, dtype = tangent.shape, tangent.dtype
-    return np.zeros(shape, dtype) if is_zero else tangent
+    if not isinstance(tangent, SymbolicZero):
+        return tangent
+    like: Any = tangent
+    return np.zeros(like.shape, like.dtype)
 
 
 def _stopped_at_stationary_point(loss, linear_solver, w0, w, args):

@@ -650,3 +650,13 @@ def test_a_number_as_a_batch():
     """Outside of `jax.jit`, where the loss has the number as a constant."""
     loss = lambda w, alpha, batch: (w - alpha * batch) ** 2
     assert hg.argmin(loss, hg.Newton())(0.0, 1.5, 2.0) == pytest.approx(3.0)
+
+
+def test_a_tangent_may_be_a_number_of_python():
+    """The minimum is ``exp(alpha)``, as is its derivative."""
+    loss = lambda w, alpha, batch: jnp.sum((w - jnp.exp(alpha)) ** 2)
+    solution = hg.argmin(loss, hg.Newton())
+    fn = lambda alpha: solution(jnp.zeros(2), alpha)
+    w, tangent = jax.jvp(fn, (1.3,), (1.0,))
+    np.testing.assert_allclose(w, np.exp([1.3, 1.3]), rtol=1e-9)
+    np.testing.assert_allclose(tangent, np.exp([1.3, 1.3]), rtol=1e-9)
