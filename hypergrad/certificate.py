@@ -38,6 +38,7 @@ from .implicit.newton_correction import (
 )
 from .keys_in_w import bind_keys, restore_keys
 from .linear.equilibration import equilibrate
+from .one_vector import Layout
 from .problem import Bilevel, EstimateData
 from .trees import all_finite, safe_norm, underflows
 from .validation import (
@@ -313,13 +314,13 @@ def compute_certificate(
 
     The first solve starts from ``adjoint``, or zero; ``init_s`` is as in `equilibrate`.
     """
-    point = Point(problem, w, alpha, data.inner_batch(), data.outer_batch())
-    scaling = equilibrate(point.matvec, w, init_s=init_s, seed=SCALING_SEED)
+    layout, point = _point_of_vector(problem, data, w, alpha)
     adjoint = zero_adjoint(problem, w) if adjoint is None else adjoint
-    is_given = hypergradient is not None
+    init_s, adjoint = layout.join(init_s), layout.join(adjoint)
+    scaling = equilibrate(point.matvec, point.w, init_s=init_s, seed=SCALING_SEED)
+    is_given, solves = hypergradient is not None, []
     if is_given:
-        inner_grad = jax.grad(problem.inner_loss)(w, alpha, point.batch)
-        solves = []
+        inner_grad = jax.grad(point.problem.inner_loss)(point.w, alpha, point.batch)
     else:
         result = corrected_hypergradient(point, scaling, adjoint, SOLVE_RTOL)
         hypergradient, adjoint = result.hypergradient, result.adjoint
@@ -349,7 +350,8 @@ def compute_certificate(
     is_finite = all_finite(hypergradient, corrected, error, corrected_grad_norm)
     has_converged = correction.last_change <= _max_last_change(rtol, num_newton_steps)
     rounding = outer_gradient_rounding(corrected_point, scaling, result.b)
-    flags = lost_derivative_flags(problem, correction.w, alpha) | _failed_checks(
+    corrected_w = layout.split(correction.w)
+    flags = lost_derivative_flags(problem, corrected_w, alpha) | _failed_checks(
         is_finite, error <= rtol, has_converged, checks, is_negative
     )
     per_loss = problem.for_each_loss
@@ -360,7 +362,7 @@ def compute_certificate(
     return Certificate(
         error_estimate=error,
         trusted=~jnp.any(jnp.stack(list(flags.values()))),
-        corrected_w=correction.w,
+        corrected_w=corrected_w,
         corrected_hypergradient=corrected,
         inner_grad_norm=inner_grad_norm,
         corrected_grad_norm=corrected_grad_norm,
@@ -375,6 +377,16 @@ def compute_certificate(
         stats=_cost_stats(problem, data, num_products, is_given, num_newton_steps),
         flags=flags,
     )
+
+
+def _point_of_vector(
+    problem: Bilevel, data: EstimateData, w: PyTree, alpha: PyTree
+) -> tuple[Layout, Point]:
+    """Returns the point with ``w`` as one vector, and the layout of the vector."""
+    layout = Layout.from_w(problem, w)
+    batches = data.inner_batch(), data.outer_batch()
+    problem, w = layout.with_vector(problem), layout.join(w)
+    return layout, Point(problem, w, alpha, *batches)
 
 
 def _max_last_change(rtol: Scalar | float, num_newton_steps: int) -> Scalar | float:

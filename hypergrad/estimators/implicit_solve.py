@@ -1,5 +1,6 @@
 """The solves of `Implicit` (inner problem, Newton steps, adjoint) and their checks."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..implicit.differentiation import (
 )
 from ..linear.base import LinearStats
 from ..linear.equilibration import Scaling, equilibrate, no_scaling
+from ..one_vector import Layout
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, apply_unless
 from .adaptive import AdaptiveSolve, add_counts
@@ -58,16 +60,21 @@ def solve_once(
     alpha: PyTree,
     data: EstimateData,
 ) -> Solution:
-    """Runs the inner solver, the Newton steps and one adjoint solve."""
+    """Runs the inner solver, the Newton steps and one adjoint solve.
+
+    With `CG` all that follows the inner solver works on ``w`` as one vector.
+    """
     batch = data.inner_batch(estimator.adjoint_batch_size)
     outer_batch = data.outer_batch(estimator.outer_batch_size)
     init_w = problem.init_inner(state.w, alpha)
     w, counts = estimator.solver.solve(
         problem.inner_loss, init_w, alpha, data.inner_data, data.solver_key
     )
+    layout = Layout.from_w(problem, w) if uses_scaled_cg(estimator) else Layout(None)
+    problem, w = layout.with_vector(problem), layout.join(w)
     point = Point(problem, w, alpha, batch, outer_batch)
     linear_stats = EMPTY_LINEAR_STATS
-    scaling = find_scaling(estimator, state, point)
+    scaling = find_scaling(estimator, point, layout.join(state.s), state.num_estimates)
     if num_newton_steps := estimator.num_newton_steps:
         inner_grad = jax.grad(problem.inner_loss)(w, alpha, batch)
         rtols = [NEWTON_RTOL] * num_newton_steps
@@ -83,8 +90,8 @@ def solve_once(
         estimator,
         point,
         scaling,
-        finite_or_zero(state.adjoint),
-        finite_or_zero(state.duals),
+        layout.join(finite_or_zero(state.adjoint)),
+        layout.join(finite_or_zero(state.duals)),
         linear_solver=estimator.linear_solver,
         prepared=prepared,
         rtol=TRUST_RTOL if has_error_estimate(estimator) else None,
@@ -95,14 +102,27 @@ def solve_once(
         scaling.num_products + num_prepared + adjoint_solution.num_extra_products
     )
     return Solution(
-        w,
-        adjoint_solution,
+        layout.split(w),
+        _split_vectors(adjoint_solution, layout),
         counts=counts | {"num_outer_grads": adjoint_solution.num_outer_grads},
         linear_stats=linear_stats,
         grad_tol=state.grad_tol,
         prepared=prepared,
-        s=scaling.s if needs_scaling(estimator) else None,
+        s=layout.split(scaling.s) if needs_scaling(estimator) else None,
     )
+
+
+def _split_vectors(solution: AdjointSolution, layout: Layout) -> AdjointSolution:
+    """Returns the solution with trees like ``w`` in place of vectors."""
+    result, split = solution.result, layout.split
+    result = dataclasses.replace(
+        result,
+        b=split(result.b),
+        adjoint=split(result.adjoint),
+        inner_grad=split(result.inner_grad),
+        residual=split(result.residual),
+    )
+    return solution._replace(result=result, duals=split(solution.duals))
 
 
 def has_error_estimate(estimator: "Implicit") -> bool:
@@ -123,15 +143,15 @@ def needs_scaling(estimator: "Implicit") -> bool:
 
 
 def find_scaling(
-    estimator: "Implicit", state: "ImplicitState", point: Point
+    estimator: "Implicit", point: Point, init_s: PyTree, num_estimates: Scalar
 ) -> Scaling:
-    """Returns the diagonal scaling of ``H``, from that of the previous estimate.
+    """Returns the diagonal scaling of ``H``, from ``init_s`` of an earlier estimate.
 
     It is the identity if no part of the estimate works in scaled coordinates.
     """
     if not needs_scaling(estimator):
         return no_scaling(point.w)
-    return equilibrate(point.matvec, point.w, init_s=state.s, seed=state.num_estimates)
+    return equilibrate(point.matvec, point.w, init_s=init_s, seed=num_estimates)
 
 
 def result_flags(solution: Solution, rtol: Scalar | float) -> dict[str, Scalar]:
@@ -156,7 +176,7 @@ def solve_adaptively(
     outer_batch = data.outer_batch(estimator.outer_batch_size)
     point = Point(problem, init_w, alpha, data.inner_batch(), outer_batch)
     # One scaling for all rounds, because the tolerances are norms in its coordinates.
-    scaling = find_scaling(estimator, state, point)
+    scaling = find_scaling(estimator, point, state.s, state.num_estimates)
     adaptive = AdaptiveSolve(estimator, data, point, rtol, scaling)
     final = adaptive.run(
         finite_or_zero(state.adjoint),
