@@ -69,8 +69,8 @@ class Shift:
       terms: Pairs of a stopped value and its coefficient, which is not zero.
       is_factor: Whether the value is ``v exp(s)`` instead of ``v + s``.
       unweighted: The terms before a product with a constant, if the value is one.
-      has_mask: Whether elements may be masks, which only an exponential or a maximum
-        treats as if they had the shift.
+      has_mask: Whether elements may be masks, which only an exponential treats as if
+        they had the shift.
       is_shifted: Whether the value is ``v - max(v)`` as far as is known, or a positive
         multiple or the exponential of one.
       is_total: Whether it is the sum of such exponentials, which is at least 1.
@@ -183,13 +183,20 @@ def common_shift(operands: Sequence[Any]) -> Shift | None:
         for x in operands
         if not (x.is_constant and x.constant is not None and is_neutral(x.constant))
     ]
+    common = _merge(shifts)
+    if common is None or is_factor or len(shifts) == len(operands):
+        return common
+    return dataclasses.replace(common, has_mask=True)
+
+
+def _merge(shifts: Sequence[Shift]) -> Shift | None:
+    """Returns the shift that several values have, or None if they differ."""
     if len(set(shifts)) != 1:
         return None
-    has_mask = len(shifts) < len(operands) or any(x.has_mask for x in shifts)
     return dataclasses.replace(
         shifts[0],
-        has_mask=has_mask and not is_factor,
-        is_shifted=len(operands) == 1 and shifts[0].is_shifted,
+        has_mask=any(x.has_mask for x in shifts),
+        is_shifted=all(x.is_shifted for x in shifts),
         is_total=all(x.is_total for x in shifts),
     )
 
@@ -235,7 +242,6 @@ def shift_of_result(equation: Any, operands: list[Any]) -> Shift | None:
             return None
         return dataclasses.replace(
             result,
-            has_mask=result.has_mask and name != "reduce_max",
             is_shifted=result.is_shifted and name in SAME_ELEMENTS,
             is_total=result.is_total or (name == "reduce_sum" and result.is_shifted),
         )
@@ -252,7 +258,7 @@ def _shift_of_sum(name: str, operands: list[Any], is_factor: bool) -> Shift | No
     for operand, other in ((a, b), (b, a)):
         if _is_guard(other.constant, operand.shift):
             return operand.shift
-    return x if x == y else None
+    return _merge([x, y])
 
 
 def _is_guard(c: float | None, total: Shift) -> bool:
@@ -266,9 +272,10 @@ def _shift_of_extremum(name: str, operands: list[Any], is_factor: bool) -> Shift
         c = other.constant
         is_guard = is_factor and name == "max" and _is_guard(c, operand.shift)
         if c is not None and (is_bound(c) or is_guard):
-            return dataclasses.replace(operand.shift, has_mask=False)
-    x, y = (operand.shift for operand in operands)
-    return x if x == y else None
+            return operand.shift
+    merged = _merge([operand.shift for operand in operands])
+    # The largest entry of a minimum need not be that of an operand.
+    return merged and dataclasses.replace(merged, is_shifted=False, is_total=False)
 
 
 def _shift_of_product(equation: Any, operands: list[Any]) -> Shift | None:

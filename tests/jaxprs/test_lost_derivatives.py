@@ -248,9 +248,9 @@ STABLE = {
     "bound of a sum": lambda x: (
         jnp.log(jnp.maximum(jnp.sum(jnp.exp(shifted(x) / 2)), 1e-9)) + top(x) / 2
     ),
-    "finite mask": lambda x: normalized(jnp.exp(jnp.where(MASK, x - row_max(x), -1e5)))[
-        0, 0
-    ],
+    "finite mask": lambda x: (
+        jnp.log(jnp.sum(jnp.exp(jnp.where(MASK, shifted(x), -1e5)))) + top(x)
+    ),
     "temperature": lambda x: normalized(jnp.exp((x - row_max(x)) / x[1, 1] ** 2))[0, 0],
     "softmin": lambda x: normalized(jnp.exp(-x - row_max(-x)))[0, 0],
     "mask": lambda x: normalized(jnp.where(MASK, jnp.exp(x - row_max(x)), 0))[0, 0],
@@ -369,6 +369,12 @@ NOT_STABLE = {
     ),
     "mask without an exponential": lambda x: (
         jnp.sum(jnp.where(MASK, shifted(x), -1e5)) + 6 * top(x)
+    ),
+    "bounded mask": lambda x: (
+        jnp.sum(jnp.maximum(jnp.where(MASK, shifted(x), -1e5), -1e5)) + 6 * top(x)
+    ),
+    "maximum of a masked row": lambda x: (
+        jnp.sum(jnp.max(jnp.where(np.eye(2, 3) > 2, shifted(x), -1e5), 1)) + 2 * top(x)
     ),
     "weighted mask": lambda x: (
         jnp.where(MASK, shifted(x), -1e5).ravel() @ jnp.arange(6.0) + top(x)
