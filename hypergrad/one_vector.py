@@ -1,8 +1,7 @@
 """``w`` as one vector, for programs whose size does not depend on its leaves.
 
-XLA compiles sums and products of trees leaf by leaf. Implicit differentiation with its
-error estimate makes some hundred of them, which took most of the compilation for a
-network of eight layers.
+XLA compiles sums and products of trees leaf by leaf, and implicit differentiation with
+its error estimate has many of them.
 """
 
 import dataclasses
@@ -38,14 +37,14 @@ class Layout:
     def from_w(cls, problem: Bilevel, w: PyTree) -> "Layout":
         """Returns the layout for the parameters of a problem.
 
-        Leaves stay apart if there is one only, if they differ in dtype or have many
+        Leaves stay apart if there is one at most, if they differ in dtype or have many
         numbers, or if ``w`` also has keys, which the losses take as inputs.
         """
         leaves, structure = jax.tree.flatten(w)
         dtypes = {leaf.dtype for leaf in leaves}
         has_keys = problem.keys_of_w is not None
         size = sum(leaf.size for leaf in leaves)
-        if len(leaves) == 1 or len(dtypes) > 1 or has_keys or size > MAX_SIZE:
+        if len(leaves) <= 1 or len(dtypes) > 1 or has_keys or size > MAX_SIZE:
             return cls(None)
         return cls(structure, tuple(leaf.shape for leaf in leaves))
 
