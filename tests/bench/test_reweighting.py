@@ -106,6 +106,7 @@ def test_the_split_is_that_of_the_authors():
     try:
         arrays = datasets.load("mnist")
     except OSError:
+        # It is neither in the package nor on PyPI.
         pytest.skip("MNIST is not at hand, and its source cannot be reached")
     data, clean, test = table.split(3)
     count = lambda part: np.bincount(part["y"].astype(int)).tolist()

@@ -29,6 +29,12 @@ def test_a_guard_is_never_heavy():
     assert heavy_tests(log) == ["a/test_b.py::test_c"]
 
 
+def test_a_rule_of_the_house_is_never_heavy():
+    """Not even if it was named before."""
+    log = "9.00s call     tests/house/test_a.py::test_b\n9.00s call     tests/a.py::test_c"
+    assert heavy_tests(log, ["house/test_a.py::test_d"]) == ["a.py::test_c"]
+
+
 def test_a_test_is_heavy_if_its_call_takes_long():
     log = """
     ============ slowest durations ============
