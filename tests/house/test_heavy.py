@@ -31,7 +31,8 @@ def test_a_guard_is_never_heavy():
 
 def test_a_rule_of_the_house_is_never_heavy():
     """Not even if it was named before."""
-    log = "9.00s call     tests/house/test_a.py::test_b\n9.00s call     tests/a.py::test_c"
+    tests = ("house/test_a.py::test_b", "a.py::test_c")
+    log = "\n".join(f"9.00s call     tests/{test}" for test in tests)
     assert heavy_tests(log, ["house/test_a.py::test_d"]) == ["a.py::test_c"]
 
 
