@@ -38,17 +38,11 @@ from .implicit.newton_correction import (
 )
 from .keys_in_w import bind_keys, restore_keys
 from .linear.equilibration import equilibrate
+from .number_checks import check_positive_int, positive
 from .one_vector import Layout
 from .problem import Bilevel, EstimateData
 from .trees import all_finite, safe_norm, underflows
-from .validation import (
-    as_input_arrays,
-    as_key,
-    check_positive_int,
-    check_same_structure,
-    floats_to_arrays,
-    positive,
-)
+from .validation import as_input_arrays, as_key, check_same_structure, floats_to_arrays
 
 TRUST_RTOL = 1e-2
 NO_GRADIENT_ADVICE = (

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .number_checks import check_positive_int
 from .runtime import atomic_io
 from .runtime.array_folder import (
     Arrays,
@@ -38,7 +39,6 @@ from .runtime.machine import (
     warn_of_other_machines,
 )
 from .runtime.user_warnings import warn_user
-from .validation import check_positive_int
 
 Tree = TypeVar("Tree")
 

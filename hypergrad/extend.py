@@ -47,6 +47,13 @@ from .inner.base import InnerSolver, IterativeSolver, inner_stats
 from .inner.descent import run_inner_steps
 from .linear.base import SymmetricSolver
 from .method_summary import MethodSummary
+from .number_checks import (
+    check_positive_int,
+    float_converter,
+    in_unit_interval,
+    non_negative,
+    positive,
+)
 from .objectives.base import Aggregator
 from .problem import EstimateData
 from .products import (
@@ -68,16 +75,7 @@ from .surrogates.inputs import (
     multilabel_examples,
 )
 from .trees import without_derivative
-from .validation import (
-    check_hashable,
-    check_optimizer,
-    check_positive_int,
-    check_solver,
-    float_converter,
-    in_unit_interval,
-    non_negative,
-    positive,
-)
+from .validation import check_hashable, check_optimizer, check_solver
 
 __all__ = [
     "STATS",

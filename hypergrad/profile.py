@@ -17,12 +17,12 @@ from .cost import CompiledProgram, compile_program
 from .display.tables import Row, render_html, render_text
 from .estimators.base import Estimate, Estimator, normalize_estimate
 from .keys_in_w import bind_keys
+from .number_checks import check_positive_int
 from .problem import Bilevel, EstimateData
 from .validation import (
     as_input_arrays,
     as_key,
     check_estimator_type,
-    check_positive_int,
     floats_to_arrays,
     is_traced,
 )

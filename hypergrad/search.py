@@ -33,6 +33,7 @@ from .checks.problem import check_alpha_is_used, check_problem, check_problem_ty
 from .inner.base import InnerSolver
 from .keys_in_w import bind_keys
 from .metrics import Metric, check_metrics
+from .number_checks import float_converter
 from .problem import Bilevel
 from .progress import Progress, check_progress, open_progress
 from .searchers import Searcher
@@ -51,7 +52,6 @@ from .validation import (
     as_input_arrays,
     as_key,
     check_no_class,
-    float_converter,
     floats_to_arrays,
     is_traced,
 )

@@ -10,9 +10,10 @@ from jaxtyping import Array, PyTree
 
 from ..batches import Data
 from ..cost.counts import CALLS, COST_STATS, cost_stats, count_batch
+from ..number_checks import check_positive_int
 from ..problem import Bilevel, with_own_order
 from ..trees import all_finite
-from ..validation import check_estimator_type, check_positive_int
+from ..validation import check_estimator_type
 from .base import Estimate, get_target, keys_of_samples, normalize_estimate
 from .error_estimates import max_standard_error, standard_error
 

@@ -14,9 +14,9 @@ from ..cost import cost_stats
 from ..cost.counts import count_batch
 from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_fraction
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..trees import widen
-from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .error_estimates import standard_error
 from .inner_run import (

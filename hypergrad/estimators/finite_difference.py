@@ -13,9 +13,9 @@ from ..checks.problem import check_alpha_has_gradient, check_problem
 from ..cost import cost_stats
 from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..trees import add_scale, machine_eps, safe_norm
-from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,

@@ -20,6 +20,7 @@ from ..implicit.minimum import is_cancelled
 from ..inner.base import IterativeSolver, grads_per_step, step_fraction
 from ..inner.descent import run_inner_steps
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import (
     all_finite,
@@ -32,7 +33,6 @@ from ..trees import (
     safe_norm,
     vdot,
 )
-from ..validation import check_positive_int
 from .base import Estimate, make_estimate
 from .error_estimates import remaining_change
 from .inner_run import (

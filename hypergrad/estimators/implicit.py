@@ -26,16 +26,10 @@ from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, float_converter, non_negative
 from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
-from ..validation import (
-    check_hashable,
-    check_positive_int,
-    check_solver,
-    float_converter,
-    is_traced,
-    non_negative,
-)
+from ..validation import check_hashable, check_solver, is_traced
 from .adaptive import is_iterative
 from .base import Estimate, make_estimate
 from .implicit_adjoint import uses_scaled_cg

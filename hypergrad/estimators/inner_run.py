@@ -26,9 +26,10 @@ from ..checks.problem import (
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
+from ..number_checks import check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
-from ..validation import KEY_SHAPE, check_positive_int, check_solver
+from ..validation import KEY_SHAPE, check_solver
 from .base import Estimate, make_estimate
 from .rounding import perturb_iterate
 

@@ -16,10 +16,10 @@ from ..cost import HVP_COST, cost_stats
 from ..implicit.differentiation import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..products import Loss
 from ..trees import add_scale, all_finite, scale
-from ..validation import check_positive_int, positive
 from .base import Estimate, make_estimate
 from .inner_run import inner_grad_norm, make_run_fn
 

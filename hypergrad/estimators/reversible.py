@@ -17,9 +17,10 @@ from ..checks.problem import check_problem
 from ..implicit.minimum import is_cancelled
 from ..jaxprs.inspection import used_inputs
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, float_converter
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, cast_like
-from ..validation import check_not_optax_factory, check_positive_int, float_converter
+from ..validation import check_not_optax_factory
 from . import reversible_arithmetic as arithmetic
 from .inner_run import InnerRunState, RunDerivative, RunEstimator
 from .reversible_steps import MomentumSteps

@@ -18,9 +18,10 @@ from ..inner.storage import StepSizes, Storage, choose_storage
 from ..keys_in_w import bind_keys
 from ..losses_with_w import losses_with_w, pull_back_losses
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, safe_norm
-from ..validation import KEY_SHAPE, check_positive_int
+from ..validation import KEY_SHAPE
 from .forward import Forward
 from .inner_run import (
     InnerRunState,

@@ -12,11 +12,12 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ..batches import Data, at_draw, batch_fraction, is_in_passes, sample_batch
+from ..number_checks import check_positive_int
 from ..products import MIXED_MODE_GRAD, Loss, with_mixed_mode
 from ..runtime.all_cores import loss_on_all_cores
 from ..runtime.equal_optimizers import first_equal
 from ..trees import cast_like, widen
-from ..validation import check_hashable, check_not_optax_factory, check_positive_int
+from ..validation import check_hashable, check_not_optax_factory
 from .base import InnerStats, inner_stats
 
 Optimizer = optax.GradientTransformation | Callable[[PyTree], Any]

@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..batches import Data, full_batch
+from ..number_checks import check_positive_int, non_negative
 from ..products import Loss
 from ..runtime.all_cores import loss_on_all_cores
 from ..trees import divide
-from ..validation import check_positive_int, non_negative
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance
 

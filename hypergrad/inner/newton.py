@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from ..batches import Data, full_batch
 from ..linear.base import MatVec
 from ..linear.cg import conjugate_gradients
+from ..number_checks import check_positive_int, non_negative
 from ..products import Loss, hvp
 from ..runtime.all_cores import loss_on_all_cores
 from ..trees import (
@@ -22,7 +23,6 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, non_negative
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
 

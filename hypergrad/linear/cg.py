@@ -13,6 +13,7 @@ from jax.scipy.linalg import eigh_tridiagonal
 from jaxtyping import Array, Float, Int, PyTree
 
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, non_negative
 from ..trees import (
     add_scale,
     apply_unless,
@@ -26,7 +27,7 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_hashable, check_positive_int, non_negative
+from ..validation import check_hashable
 from .base import MatVec, SymmetricSolver, relative_residual
 from .equilibration import solve_equilibrated
 

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, non_negative
 from ..trees import (
     add_scale,
     all_finite,
@@ -22,7 +23,6 @@ from ..trees import (
     scale,
     vdot,
 )
-from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver, relative_residual
 from .cg import first_residual
 from .equilibration import solve_equilibrated

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, non_negative
 from ..trees import (
     add_scale,
     cast_like,
@@ -19,7 +20,6 @@ from ..trees import (
     scale,
     widen,
 )
-from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 
 NUM_POWER_ITERATIONS = 10

@@ -10,8 +10,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..method_summary import MethodSummary
+from ..number_checks import check_positive_int, non_negative
 from ..trees import scalar_dtype
-from ..validation import check_positive_int, non_negative
 from .base import MatVec, SymmetricSolver
 from .cg import conjugate_gradients
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..validation import check_positive_int, float_converter, is_traced
+from ..number_checks import check_positive_int, float_converter
+from ..validation import is_traced
 from .base import check_positive, check_size
 
 State = tuple[Float[Array, " K-1"], Int[Array, ""]]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..validation import check_positive_int, is_traced
+from ..number_checks import check_positive_int
+from ..validation import is_traced
 
 
 class LatencyTable(eqx.Module):

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..validation import float_converter
+from ..number_checks import float_converter
 from .base import check_positive, check_size, check_weights
 from .common_descent import MGDA
 from .linear_program import solve_vertex_lp

@@ -10,15 +10,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..checkpoint import check_checkpoints
+from ..number_checks import check_positive_int, positive
 from ..problem import Bilevel
 from ..progress import check_progress
 from ..validation import (
     as_input_arrays,
     check_no_class,
-    check_positive_int,
     check_same_structure,
     is_traced,
-    positive,
 )
 from .step import OuterState, init_state
 

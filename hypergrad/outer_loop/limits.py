@@ -5,9 +5,9 @@ import time
 import numpy as np
 
 from ..cost.memory import resident_bytes
+from ..number_checks import positive
 from ..runtime.devices import process_max
 from ..trace import OUT_OF_MEMORY, OUT_OF_TIME
-from ..validation import positive
 
 
 class Limits:

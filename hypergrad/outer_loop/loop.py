@@ -26,6 +26,7 @@ from ..estimators.base import Estimator, get_target
 from ..inner.descent import LINE_SEARCH_STATES, contains_state
 from ..keys_in_w import bind_keys
 from ..metrics import Metric, check_metrics
+from ..number_checks import check_positive_int
 from ..problem import Bilevel
 from ..progress import Progress
 from ..runtime.equal_optimizers import first_equal
@@ -35,7 +36,6 @@ from ..validation import (
     as_key,
     check_estimator_type,
     check_optimizer,
-    check_positive_int,
     check_same_structure,
     floats_to_arrays,
 )

@@ -21,6 +21,7 @@ from ..checkpoint import (
     Checkpoints,
     open_checkpoints,
 )
+from ..number_checks import positive
 from ..progress import (
     Progress,
     ProgressUpdate,
@@ -31,7 +32,7 @@ from ..runtime.interrupts import deferred_interrupt
 from ..runtime.user_warnings import warn_user
 from ..trace import Trace
 from ..trees import to_numpy
-from ..validation import is_traced, positive
+from ..validation import is_traced
 from .block import get_block_size, run_block
 from .checks import check_run_options, check_state
 from .fingerprint import run_fingerprint

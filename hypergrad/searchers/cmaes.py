@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
+from ..number_checks import check_positive_int, positive
 from ..runtime.compat import import_optional
-from ..validation import check_positive_int, positive
 from .base import Trials, seed_from_key
 
 MAX_DEPTH = 300  # generations per recursion; Python allows 1000 nested calls

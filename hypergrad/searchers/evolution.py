@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .. import spaces
-from ..validation import check_positive_int
+from ..number_checks import check_positive_int
 from .base import seed_from_key
 
 

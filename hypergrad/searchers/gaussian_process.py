@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import spaces
+from ..number_checks import check_positive_int, positive
 from ..runtime.compat import import_optional
-from ..validation import check_positive_int, positive
 from .base import PendingTrials, replace_nonfinite, seed_from_key
 
 #: Noise of a trial that repeats to the bit: there is no use in making it twice.

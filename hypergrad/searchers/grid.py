@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .. import spaces
+from ..number_checks import check_positive_int
 from ..spaces.pytree import flatten_space
-from ..validation import check_positive_int
 
 MAX_POINTS = 100_000
 

@@ -4,7 +4,7 @@ import math
 
 import equinox as eqx
 
-from ..validation import check_positive_int
+from ..number_checks import check_positive_int
 from .populations import PopulationSearcher, Rung
 
 

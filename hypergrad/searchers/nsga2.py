@@ -6,7 +6,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..validation import check_positive_int
+from ..number_checks import check_positive_int
 from . import optuna_study
 from .base import Trials, seed_from_key
 

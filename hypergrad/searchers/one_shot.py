@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 from .. import spaces
 from ..batches import at_draw
 from ..checks.problem import check_state_without_alpha
+from ..number_checks import check_positive_int
 from ..trials.trial import TrialRecord
-from ..validation import check_positive_int
 from .populations import (
     Members,
     PopulationSearcher,

@@ -11,8 +11,8 @@ from jaxtyping import Array, PyTree
 from .. import spaces
 from ..checks.problem import check_state_without_alpha
 from ..jaxprs.inspection import unused_leaves
+from ..number_checks import check_positive_int, non_negative
 from ..spaces.pytree import flatten_space
-from ..validation import check_positive_int, non_negative
 from .populations import (
     Members,
     PopulationSearcher,

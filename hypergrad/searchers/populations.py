@@ -17,9 +17,10 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from .. import spaces
 from ..batches import Data, at_draw
 from ..cost import cost_stats
+from ..number_checks import check_positive_int
 from ..runtime.devices import shard
 from ..trials.trial import TrialRecord, TrialSetup, make_record
-from ..validation import check_positive_int, check_solver
+from ..validation import check_solver
 
 
 class Members(eqx.Module):

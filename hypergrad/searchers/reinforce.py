@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .. import spaces
-from ..validation import in_unit_interval, positive
+from ..number_checks import in_unit_interval, positive
 
 
 class ReinforceState(NamedTuple):

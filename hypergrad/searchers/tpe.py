@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from .. import spaces
-from ..validation import check_positive_int
+from ..number_checks import check_positive_int
 from . import optuna_study
 from .base import PendingTrials, Trials, seed_from_key
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from ..citation import cites
-from ..validation import positive
+from ..number_checks import positive
 
 
 @cites("jang2017", "maddison2017")

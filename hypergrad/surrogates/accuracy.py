@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from ..validation import check_positive_int, non_negative
+from ..number_checks import check_positive_int, non_negative
 from .base import (
     Surrogate,
     negligible_weight,

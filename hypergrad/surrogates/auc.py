@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..number_checks import check_positive_int
 from ..trees import without_derivative
-from ..validation import check_positive_int
 from .base import Surrogate, divide_by_temperature, propagate_nan, safe_divide
 from .inputs import Examples, check_in_interval
 from .pairs import MASKED_OUT, sum_of_wins

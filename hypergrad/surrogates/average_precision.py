@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
+from ..number_checks import check_positive_int
 from ..trees import power_of_two_below, without_derivative
-from ..validation import check_positive_int, is_traced
+from ..validation import is_traced
 from .base import safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
 from .pairs import PAIRS, rankings_per_block, remat, sum_of_precisions

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..validation import check_positive_int
+from ..number_checks import check_positive_int
 from .accuracy import class_scores, is_correct, true_class_margins
 from .base import Surrogate, safe_divide, sigmoid_at
 from .inputs import Scalar, Vector, class_examples

@@ -10,8 +10,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from ..number_checks import check_positive_int, non_negative
 from ..trees import without_derivative
-from ..validation import check_positive_int, is_traced, non_negative
+from ..validation import is_traced
 from .average_precision import soft_precisions
 from .base import propagate_nan, safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector

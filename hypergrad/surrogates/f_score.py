@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from ..validation import non_negative
+from ..number_checks import non_negative
 from .base import (
     Surrogate,
     negligible_weight,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from ..number_checks import check_positive_int
 from ..trees import without_derivative
-from ..validation import check_positive_int
 from .base import divide_by_temperature, safe_divide
 from .inputs import Examples, Scalar, Vector, graded_examples
 from .pairs import remat

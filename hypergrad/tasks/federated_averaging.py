@@ -18,10 +18,10 @@ from ..implicit.differentiation import Point, implicit_hypergradient
 from ..inner import inner_stats
 from ..inner.base import InnerSolver, InnerStats
 from ..inner.descent import run_inner_steps
+from ..number_checks import check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..products import Loss
 from ..trees import norm
-from ..validation import check_positive_int
 
 
 def split_clients(data: PyTree) -> PyTree:

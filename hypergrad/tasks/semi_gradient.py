@@ -11,9 +11,9 @@ from ..batches import Data, batch_fraction, sample_batch
 from ..inner import inner_stats
 from ..inner.base import InnerStats
 from ..inner.descent import run_inner_steps
+from ..number_checks import check_positive_int
 from ..products import Loss
 from ..runtime.equal_optimizers import first_equal
-from ..validation import check_positive_int
 
 
 class SemiGradient(eqx.Module):

@@ -11,14 +11,10 @@ from jaxtyping import Array, PyTree
 
 from ..inner.base import InnerSolver
 from ..metrics import Metric, check_metrics
+from ..number_checks import check_positive_int, float_converter, non_negative
 from ..problem import Bilevel
 from ..products import Loss
-from ..validation import (
-    check_positive_int,
-    float_converter,
-    is_traced,
-    non_negative,
-)
+from ..validation import is_traced
 
 
 class Task(eqx.Module):

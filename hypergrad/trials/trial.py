@@ -16,10 +16,11 @@ from ..estimators.base import make_stats
 from ..inner.base import InnerSolver
 from ..keys_in_w import restore_keys
 from ..metrics import Metric
+from ..number_checks import check_positive_int
 from ..problem import Bilevel
 from ..runtime.executors import Executor, RemoteFunction
 from ..trees import all_finite
-from ..validation import check_no_class, check_positive_int
+from ..validation import check_no_class
 
 
 class TrialSetup(eqx.Module):

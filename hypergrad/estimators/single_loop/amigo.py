@@ -7,10 +7,10 @@ from jaxtyping import PyTree
 
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
 from ...runtime.equal_optimizers import first_equal
-from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, run_w_steps, scan_with_first_output
 

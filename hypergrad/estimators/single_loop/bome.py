@@ -7,10 +7,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, positive, positive_up_to_one
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, divide, power_of_two_scale, vdot
-from ...validation import check_positive_int, positive, positive_up_to_one
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 
 

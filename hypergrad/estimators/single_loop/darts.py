@@ -14,10 +14,11 @@ from ...checks.problem import check_on_shapes
 from ...jaxprs.inspection import alpha_has_gradient, leaf_names
 from ...linear.neumann import Neumann
 from ...method_summary import MethodSummary
+from ...number_checks import positive
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, safe_norm, scale, widen
-from ...validation import positive, raise_with_context
+from ...validation import raise_with_context
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Array, PyTree
 
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, or_schedule, positive
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, scale
-from ...validation import check_positive_int, or_schedule, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, value_at_step
 from .inner_loops import sample_streams, scan_with_first_output
 

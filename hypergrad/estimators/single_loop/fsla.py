@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
+from ...number_checks import below_one, or_schedule
 from ...problem import Bilevel, EstimateData
 from ...products import hvp
 from ...runtime.equal_optimizers import first_equal
-from ...validation import below_one, or_schedule
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import alpha_direction, sample_streams
 from .variance_reduction import Point, storm_estimate, storm_momentum

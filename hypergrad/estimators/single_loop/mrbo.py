@@ -9,13 +9,8 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
+from ...number_checks import below_one, check_positive_int, or_schedule, positive
 from ...problem import Bilevel, EstimateData
-from ...validation import (
-    below_one,
-    check_positive_int,
-    or_schedule,
-    positive,
-)
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, evaluate_directions
 from .variance_reduction import storm_estimate, storm_momentum

@@ -8,9 +8,9 @@ from jaxtyping import Array, PyTree
 
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, positive
 from ...problem import Bilevel, EstimateData
 from ...trees import add_scale, norm_ratio, random_like, scale, vdot
-from ...validation import check_positive_int, positive
 from ..error_estimates import standard_error
 from ..evolution import is_resolved
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions

@@ -8,10 +8,10 @@ from jaxtyping import PyTree
 
 from ...batches import full_batch
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import on_all_cores
 from ...runtime.equal_optimizers import first_equal
-from ...validation import check_positive_int
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions, sample_batches
 from .soba import soba_step
 from .variance_reduction import Parts, Point, value_and_parts, zero_parts

@@ -6,8 +6,8 @@ from jaxtyping import Array, PyTree
 
 from ...batches import sample_in_pass
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, positive
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, alpha_direction, run_w_steps
 

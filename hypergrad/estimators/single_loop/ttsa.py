@@ -4,8 +4,8 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, positive
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step
 from .inner_loops import StochasticNeumann
 from .stocbio import stocbio_step

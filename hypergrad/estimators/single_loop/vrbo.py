@@ -10,8 +10,8 @@ from jaxtyping import Array, PyTree
 
 from ...batches import at_draw, without_sampling
 from ...method_summary import MethodSummary
+from ...number_checks import check_positive_int, positive
 from ...problem import Bilevel, EstimateData
-from ...validation import check_positive_int, positive
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 from .inner_loops import StochasticNeumann, evaluate_directions
 from .variance_reduction import storm_estimate

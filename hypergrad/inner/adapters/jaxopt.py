@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ...batches import Data, batch_fraction, full_batch, sample_batch
+from ...number_checks import check_positive_int
 from ...products import Loss
 from ...trees import all_finite, cast_like, without_derivative
-from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from ..descent import Descent, run_inner_steps
 from .shared import explain_dtype_errors

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ...batches import Data, full_batch
+from ...number_checks import check_positive_int
 from ...products import Loss
 from ...runtime.compat import import_optional
 from ...trees import cast_like
-from ...validation import check_positive_int
 from ..base import InnerStats, inner_stats
 from .shared import explain_dtype_errors
 
