@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
+from .number_checks import boolean
 from .passes import PassPosition
 from .validation import to_arrays
 
@@ -66,7 +67,9 @@ class Batches(eqx.Module):
 
     data: PyTree
     batch_size: int | None = eqx.field(static=True, default=None)
-    with_key: bool = eqx.field(static=True, default=False, kw_only=True)
+    with_key: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("with_key")
+    )
     order: Order = eqx.field(static=True, default="iid", kw_only=True)
     shared: PyTree = eqx.field(default=None, kw_only=True)
     # Set by `at_estimate` and `at_draw`; with None a batch depends on its key alone.

@@ -43,10 +43,11 @@ def float_converter(name: str, *, optional: bool = True) -> Callable[[Any], Any]
         if isinstance(value, float | int) and not isinstance(value, bool):
             return float(value)
         dtype = getattr(value, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.number):
+        kinds = jnp.floating, jnp.integer
+        if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             remedy = " Write jnp.array(...)." if isinstance(value, list | tuple) else ""
             raise TypeError(
-                f"{name} must be a number or an array; got {type(value).__name__} "
+                f"{name} must be a real number or an array; got {type(value).__name__} "
                 f"{value!r}.{remedy}"
             )
         is_integer = jnp.issubdtype(dtype, jnp.integer)
@@ -55,19 +56,41 @@ def float_converter(name: str, *, optional: bool = True) -> Callable[[Any], Any]
     return convert
 
 
-def positive(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
-    """Returns a converter for a field that holds a number above 0."""
-    return _range_converter(name, "above 0", lambda x: x > 0, optional)
+def finite(
+    name: str, *, optional: bool = False, allow_array: bool = False
+) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a finite number, or an array."""
+    is_any = lambda x: np.ones(x.shape, bool)
+    return _range_converter(name, "", is_any, optional, allow_array)
+
+
+def positive(
+    name: str, *, optional: bool = False, allow_inf: bool = False
+) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a finite number above 0.
+
+    With ``allow_inf`` the number may be infinity.
+    """
+    return _range_converter(
+        name, "above 0", lambda x: x > 0, optional, allow_inf=allow_inf
+    )
 
 
 def non_negative(
-    name: str, *, optional: bool = False, allow_array: bool = False
+    name: str,
+    *,
+    optional: bool = False,
+    allow_array: bool = False,
+    allow_inf: bool = False,
 ) -> Callable[[Any], Any]:
-    """Returns a converter for a field that holds a number of at least 0.
+    """Returns a converter for a field that holds a finite number of at least 0.
 
-    With ``allow_array`` it may hold an array of such numbers.
+    With ``allow_array`` it may hold an array of such numbers, and with ``allow_inf``
+    infinity.
     """
-    return _range_converter(name, "at least 0", lambda x: x >= 0, optional, allow_array)
+    return _range_converter(
+        name, "at least 0", lambda x: x >= 0, optional, allow_array, allow_inf
+    )
 
 
 def in_unit_interval(name: str) -> Callable[[Any], Any]:
@@ -75,9 +98,9 @@ def in_unit_interval(name: str) -> Callable[[Any], Any]:
     return _range_converter(name, "in [0, 1]", lambda x: (x >= 0) & (x <= 1))
 
 
-def positive_up_to_one(name: str) -> Callable[[Any], Any]:
-    """Returns a converter for a field that holds a number in (0, 1]."""
-    return _range_converter(name, "in (0, 1]", lambda x: (x > 0) & (x <= 1))
+def positive_up_to(name: str, upper: float) -> Callable[[Any], Any]:
+    """Returns a converter for a field that holds a number in (0, upper]."""
+    return _range_converter(name, f"in (0, {upper}]", lambda x: (x > 0) & (x <= upper))
 
 
 def below_one(name: str) -> Callable[[Any], Any]:
@@ -90,22 +113,39 @@ def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: first_equal(value) if callable(value) else convert(value)
 
 
+def boolean(name: str) -> Callable[[Any], bool]:
+    """Returns a converter for a static field that holds True or False."""
+
+    def convert(value: Any) -> bool:
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"{name} must be True or False; got {value!r}.")
+        return bool(value)
+
+    return convert
+
+
 def _range_converter(
     name: str,
     requirement: str,
     is_within: Callable[[np.ndarray], Any],
     optional: bool = False,
     allow_array: bool = False,
+    allow_inf: bool = False,
 ) -> Callable[[Any], Any]:
     to_number = float_converter(name, optional=optional)
+    if not allow_inf:
+        requirement = " and ".join(filter(None, (requirement, "finite")))
 
     def convert(value: Any) -> Any:
         value = to_number(value)
         shape = np.shape(value)
         if shape and not allow_array:
             raise ValueError(f"{name} must be a single number; got shape {shape}.")
-        is_concrete = value is not None and not isinstance(value, Tracer)
-        if is_concrete and not np.all(is_within(np.asarray(value))):
+        if value is None or isinstance(value, Tracer):
+            return value
+        numbers = np.asarray(value)
+        is_valid = is_within(numbers) & (allow_inf | np.isfinite(numbers))
+        if not np.all(is_valid):
             raise ValueError(f"{name} must be {requirement}; got {value!r}.")
         return value
 

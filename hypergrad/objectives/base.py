@@ -92,12 +92,6 @@ def check_weights(weights: Any, *, positive: bool = False) -> None:
         )
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless the value is one number above 0."""
-    if jnp.shape(value) != () or not (is_traced(value) or bool(value > 0)):
-        raise ValueError(f"{name} must be a number above 0; got {value}.")
-
-
 def check_size(name: str, array: Any, size: int, num_objectives: int) -> None:
     """Raises ValueError unless the array is a vector of that size, or one number."""
     if jnp.shape(array) not in ((), (size,)):

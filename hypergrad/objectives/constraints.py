@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..number_checks import check_positive_int, float_converter
+from ..number_checks import check_positive_int, float_converter, positive
 from ..validation import is_traced
-from .base import check_positive, check_size
+from .base import check_size
 
 State = tuple[Float[Array, " K-1"], Int[Array, ""]]
 
@@ -53,15 +53,12 @@ class AugmentedLagrangian(eqx.Module):
     limits: float | Array = eqx.field(
         converter=float_converter("limits", optional=False)
     )
-    penalty: float | Array = eqx.field(
-        converter=float_converter("penalty", optional=False), default=1.0
-    )
+    penalty: float | Array = eqx.field(converter=positive("penalty"), default=1.0)
     period: int = eqx.field(static=True, default=1)
 
     citations = ("hestenes1969", "rockafellar1973")
 
     def __check_init__(self):
-        check_positive("penalty", self.penalty)
         limits = self.limits
         if not is_traced(limits) and np.any(np.isnan(limits) | (limits == -np.inf)):
             raise ValueError(

@@ -58,7 +58,8 @@ def hypervolume(
     >>> float(hg.objectives.hypervolume(points, jnp.array([4.0, 4.0])))
     7.0
     """
-    points, reference = jnp.asarray(points), jnp.asarray(reference)
+    as_float = lambda x: jnp.asarray(x, jnp.result_type(x, float))
+    points, reference = as_float(points), as_float(reference)
     if points.ndim != 2 or points.size == 0 or reference.shape != points.shape[1:]:
         raise ValueError(
             "points must have shape [P, K], P >= 1, and reference [K]; got shapes "

@@ -4,8 +4,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..number_checks import float_converter
-from .base import check_positive, check_size, check_weights
+from ..number_checks import finite, positive
+from .base import check_size, check_weights
 from .common_descent import MGDA
 from .linear_program import solve_vertex_lp
 
@@ -65,20 +65,17 @@ class EPO(eqx.Module):
     """
 
     weights: Float[Array, " K"] = eqx.field(
-        converter=float_converter("weights", optional=False)
+        converter=finite("weights", allow_array=True)
     )
-    tolerance: float | Array = eqx.field(
-        converter=float_converter("tolerance", optional=False), default=1e-6
-    )
+    tolerance: float | Array = eqx.field(converter=positive("tolerance"), default=1e-6)
     ideal: float | Array = eqx.field(
-        converter=float_converter("ideal", optional=False), default=0.0
+        converter=finite("ideal", allow_array=True), default=0.0
     )
 
     citations = ("mahapatra2020",)
 
     def __check_init__(self):
         check_weights(self.weights, positive=True)
-        check_positive("tolerance", self.tolerance)
 
     def init(self, num_objectives: int) -> None:
         """Returns None: the aggregator has no state."""

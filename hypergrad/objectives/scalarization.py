@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from ..number_checks import float_converter
-from .base import check_positive, check_size, check_weights
+from ..number_checks import finite, positive
+from .base import check_size, check_weights
 
 
 class WeightedSum(eqx.Module):
@@ -33,7 +33,7 @@ class WeightedSum(eqx.Module):
     """
 
     weights: Float[Array, " K"] = eqx.field(
-        converter=float_converter("weights", optional=False)
+        converter=finite("weights", allow_array=True)
     )
 
     citations = ("zadeh1963",)
@@ -83,20 +83,19 @@ class SmoothTchebycheff(eqx.Module):
     """
 
     weights: Float[Array, " K"] = eqx.field(
-        converter=float_converter("weights", optional=False)
+        converter=finite("weights", allow_array=True)
     )
     temperature: float | Array = eqx.field(
-        converter=float_converter("temperature", optional=False), default=0.1
+        converter=positive("temperature"), default=0.1
     )
     ideal: float | Array = eqx.field(
-        converter=float_converter("ideal", optional=False), default=0.0
+        converter=finite("ideal", allow_array=True), default=0.0
     )
 
     citations = ("lin2024",)
 
     def __check_init__(self):
         check_weights(self.weights)
-        check_positive("temperature", self.temperature)
 
     def init(self, num_objectives: int) -> None:
         """Returns None: the aggregator has no state."""

@@ -129,7 +129,7 @@ def check_run_options(
     """Raises an error for an option of a run that is invalid whatever its state is."""
     check_positive_int("num_steps", num_steps, optional=True)
     check_record_every(loop, record_every, num_steps)
-    budget = positive("budget", optional=True)(budget)
+    budget = positive("budget", optional=True, allow_inf=True)(budget)
     if np.ndim(budget):
         raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
     check_progress(progress)

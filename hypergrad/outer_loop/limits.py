@@ -14,8 +14,12 @@ class Limits:
     """Limits of time and memory, which are checked between chunks of steps."""
 
     def __init__(self, time_limit: float | None, memory_limit: float | None):
-        self.time_limit = positive("time_limit", optional=True)(time_limit)
-        self.memory_limit = positive("memory_limit", optional=True)(memory_limit)
+        self.time_limit = positive("time_limit", optional=True, allow_inf=True)(
+            time_limit
+        )
+        self.memory_limit = positive("memory_limit", optional=True, allow_inf=True)(
+            memory_limit
+        )
         for name in ("time_limit", "memory_limit"):
             if shape := np.shape(getattr(self, name)):
                 raise ValueError(f"{name} must be a number; got shape {shape}.")

@@ -61,7 +61,7 @@ def run_steps(
 ) -> Trace:
     """Returns the trace of a run; see `hypergrad.OuterLoop.run`."""
     check_run_options(loop, num_steps, budget, progress, checkpoints, record_every)
-    budget = positive("budget", optional=True)(budget)
+    budget = positive("budget", optional=True, allow_inf=True)(budget)
     progress = None if progress is False else progress
     limits = Limits(time_limit, memory_limit)
     check_state(loop, state)

@@ -1,6 +1,7 @@
 """Population-based training: search and training in a single run."""
 
 import functools
+import math
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, PyTree
 from .. import spaces
 from ..checks.problem import check_state_without_alpha
 from ..jaxprs.inspection import unused_leaves
-from ..number_checks import check_positive_int, non_negative
+from ..number_checks import check_positive_int, non_negative, positive_up_to
 from ..spaces.pytree import flatten_space
 from .populations import (
     Members,
@@ -77,7 +78,9 @@ class PopulationBasedTraining(PopulationSearcher):
     """
 
     population_size: int = eqx.field(static=True)
-    quantile_fraction: float = eqx.field(default=0.25, static=True)
+    quantile_fraction: float = eqx.field(
+        default=0.25, static=True, converter=positive_up_to("quantile_fraction", 0.5)
+    )
     perturbation: Array | float = eqx.field(
         default=0.2, converter=non_negative("perturbation")
     )
@@ -86,11 +89,6 @@ class PopulationBasedTraining(PopulationSearcher):
 
     def __check_init__(self):
         check_positive_int("population_size", self.population_size, minimum=2)
-        if not 0 < self.quantile_fraction <= 0.5:
-            raise ValueError(
-                "quantile_fraction must be in (0, 1/2]; got "
-                f"{self.quantile_fraction!r}."
-            )
 
     def rung(self, num_steps: int, index: int) -> Rung:
         """Returns a round of ``num_steps`` further steps of all members."""
@@ -125,7 +123,7 @@ class PopulationBasedTraining(PopulationSearcher):
         """
         parent_key, perturbation_key = jax.random.split(key)
         num_members = self.population_size
-        num_replaced = max(1, int(self.quantile_fraction * num_members))
+        num_replaced = max(1, math.floor(self.quantile_fraction * num_members + 1e-9))
         ranking = rank_by_value(value)
         best, worst = ranking[:num_replaced], ranking[-num_replaced:]
         num_finite = jnp.sum(jnp.isfinite(value[best]))

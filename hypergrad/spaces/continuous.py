@@ -9,6 +9,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float
 
+from ..number_checks import boolean
+from ..validation import is_traced
 from .base import BoundedSpace, as_float, as_shape, identity, raise_unbounded
 
 
@@ -85,7 +87,7 @@ class Interval(BoundedSpace):
 
     low: ArrayLike
     high: ArrayLike
-    log: bool = eqx.field(static=True, default=False)
+    log: bool = eqx.field(static=True, default=False, converter=boolean("log"))
     shape: tuple[int, ...] = eqx.field(
         static=True, default=(), kw_only=True, converter=as_shape
     )
@@ -155,16 +157,15 @@ class Interval(BoundedSpace):
     def _bounds_and_width(self, x: Array) -> tuple[Any, Any, Any]:
         """Returns the bounds in the dtype of ``x``, and ``high - low`` or of logs."""
         low, high = _fit_bounds(self, x)
-        if not (isinstance(low, Tracer) or isinstance(high, Tracer)):
+        _check_representable(self, low, high, x.dtype)
+        if self.log and not is_traced((low, high)):
+            tiny = jnp.finfo(x.dtype).tiny
             with np.errstate(all="ignore"):
-                is_representable = (low < high) & np.isfinite(high - low)
-                if self.log:
-                    is_representable &= low / high >= jnp.finfo(x.dtype).tiny
-            if not np.all(is_representable):
+                is_small_ratio = low / high < tiny
+            if np.any(is_small_ratio):
                 raise ValueError(
-                    f"low and high of {self} must be distinct and within the range of "
-                    f"{x.dtype}; got {low} and {high}. Change the bounds, or give the "
-                    "leaf a wider dtype."
+                    f"low and high of {self} must have a ratio of at least {tiny} in "
+                    f"{x.dtype}. Change the bounds, or give the leaf a wider dtype."
                 )
         return low, high, jnp.log(high) - jnp.log(low) if self.log else high - low
 
@@ -326,12 +327,14 @@ class Box(BoundedSpace):
         self._check_is_bounded()
         t = as_float(t)
         low, high = _fit_bounds(self, t)
+        _check_representable(self, low, high, t.dtype)
         return jnp.clip(low + t * (high - low), low, high)
 
     def to_unit(self, alpha: ArrayLike) -> Array:
         """Returns ``(alpha - low) / (high - low)``; 0 if the bounds are equal."""
         alpha = as_float(alpha)
         low, high = _fit_bounds(self, alpha)
+        _check_representable(self, low, high, alpha.dtype)
         return (alpha - low) / jnp.where(high > low, high - low, 1)
 
 
@@ -364,8 +367,9 @@ def _has_unit_sum(alpha: Array) -> Array:
 def _concrete_bounds(space: Any) -> tuple[np.ndarray, ...] | None:
     """Returns both bounds as NumPy arrays, or None if one is traced."""
     for name, bound in (("low", space.low), ("high", space.high)):
-        if not (isinstance(bound, int | float) or hasattr(bound, "dtype")):
-            raise TypeError(f"{name} must be a number or an array; got {bound!r}.")
+        is_array = hasattr(bound, "dtype") and not jnp.iscomplexobj(bound)
+        if not (isinstance(bound, int | float) or is_array):
+            raise TypeError(f"{name} must be a real number or an array; got {bound!r}.")
     if isinstance(space.low, Tracer) or isinstance(space.high, Tracer):
         return None
     low, high = np.asarray(space.low), np.asarray(space.high)
@@ -376,6 +380,22 @@ def _concrete_bounds(space: Any) -> tuple[np.ndarray, ...] | None:
             "low and high must broadcast to one shape; got shapes "
             f"{low.shape} and {high.shape}."
         ) from None
+
+
+def _check_representable(space: Any, low: Any, high: Any, dtype: Any) -> None:
+    """Raises ValueError if bounds overflow in a dtype, or only there are equal."""
+    bounds = _concrete_bounds(space)
+    if bounds is None or is_traced((low, high)):
+        return
+    with np.errstate(all="ignore"):
+        is_distinct = (low < high) | np.equal(*bounds)
+        is_representable = is_distinct & np.isfinite(high - low)
+    if not np.all(is_representable):
+        raise ValueError(
+            f"low and high of {space} must be distinct and within the range of "
+            f"{dtype}; got {low} and {high}. Change the bounds, or give the leaf a "
+            "wider dtype."
+        )
 
 
 def _fit_bounds(space: Any, x: Array) -> list[Any]:

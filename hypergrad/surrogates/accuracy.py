@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from ..number_checks import check_positive_int, non_negative
+from ..number_checks import boolean, check_positive_int, finite, non_negative
 from .base import (
     Surrogate,
     negligible_weight,
@@ -93,8 +93,12 @@ class Accuracy(Surrogate):
     0.667
     """
 
-    threshold: ArrayLike = 0.0
-    balanced: bool = eqx.field(static=True, default=False, kw_only=True)
+    threshold: ArrayLike = eqx.field(
+        default=0.0, converter=finite("threshold", allow_array=True)
+    )
+    balanced: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("balanced")
+    )
 
     check_inputs = staticmethod(class_examples)
     citations = ("nguyen2013",)
@@ -228,9 +232,11 @@ class _Selective(Surrogate):
     """A metric of the examples that are answered."""
 
     min_confidence: ArrayLike = eqx.field(
-        converter=non_negative("min_confidence", allow_array=True)
+        converter=non_negative("min_confidence", allow_array=True, allow_inf=True)
     )
-    threshold: ArrayLike = 0.0
+    threshold: ArrayLike = eqx.field(
+        default=0.0, converter=finite("threshold", allow_array=True)
+    )
 
     check_inputs = staticmethod(class_examples)
     citations = ("elyaniv2010", "geifman2017")

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from ..number_checks import check_positive_int
+from ..number_checks import check_positive_int, positive_up_to
 from ..trees import without_derivative
 from .base import Surrogate, divide_by_temperature, propagate_nan, safe_divide
-from .inputs import Examples, check_in_interval
+from .inputs import Examples
 from .pairs import MASKED_OUT, sum_of_wins
 from .ranking import is_last_of_tie, sum_and_rounding_error
 
@@ -50,13 +50,12 @@ class AUC(Surrogate):
     (0.667, 0.667)
     """
 
-    max_fpr: ArrayLike = 1.0
+    max_fpr: ArrayLike = eqx.field(default=1.0, converter=positive_up_to("max_fpr", 1))
     block_size: int = eqx.field(static=True, default=512, kw_only=True)
 
     citations = ("herschtal2004", "narasimhan2013")
 
     def __check_init__(self):
-        check_in_interval("max_fpr", self.max_fpr, 1)
         check_positive_int("block_size", self.block_size)
 
     def smooth_value(self, examples, temperature):
@@ -142,6 +141,9 @@ class SquaredHingeAUC(Surrogate):
         # Only differences of scores that are neighbors: an outlier costs no digits.
         step = divide_by_temperature(scores[:-1] - scores[1:], temperature)
         step = jnp.where(has_weight[order][1:], step - (targets[:-1] - targets[1:]), 0)
+        # The square of the sum of all steps stays finite.
+        max_step = jnp.finfo(step.dtype).max ** 0.5 / (4 * scores.size)
+        step = jnp.minimum(step, max_step)
         accumulate = lambda growth: jnp.cumsum(jnp.pad(growth, (1, 0)))
         moment_0 = jnp.cumsum(sorted_weights)[:-1]
         moment_1 = accumulate(step * moment_0)[:-1]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from ..number_checks import check_positive_int
+from ..number_checks import check_positive_int, finite
 from ..trees import power_of_two_below, without_derivative
 from ..validation import is_traced
 from .base import safe_divide, weighted_mean
@@ -129,8 +129,12 @@ class FastAP(RankingSurrogate):
     """
 
     num_bins: int = eqx.field(static=True, default=100)
-    low: ArrayLike | None = eqx.field(default=None, kw_only=True)
-    high: ArrayLike | None = eqx.field(default=None, kw_only=True)
+    low: ArrayLike | None = eqx.field(
+        default=None, kw_only=True, converter=finite("low", optional=True)
+    )
+    high: ArrayLike | None = eqx.field(
+        default=None, kw_only=True, converter=finite("high", optional=True)
+    )
 
     citations = ("cakir2019",)
 

@@ -10,9 +10,8 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from ..number_checks import check_positive_int, non_negative
+from ..number_checks import check_positive_int, non_negative, positive_up_to
 from ..trees import without_derivative
-from ..validation import is_traced
 from .average_precision import soft_precisions
 from .base import propagate_nan, safe_divide, weighted_mean
 from .inputs import Examples, Scalar, Vector
@@ -68,16 +67,7 @@ def match_boxes(
             f"true_boxes must have shape [images, true, 4] for {shape[0]} images; got "
             f"{true_boxes.shape}."
         )
-    if np.shape(threshold):
-        raise ValueError(
-            f"threshold must be a number; got shape {np.shape(threshold)}. Use "
-            "jax.vmap for several thresholds."
-        )
-    if not is_traced(threshold) and not 0 < np.asarray(threshold) <= 1:
-        raise ValueError(
-            f"threshold must be a fraction in (0, 1]; got {threshold}. Write 0.5 for "
-            "50%."
-        )
+    threshold = positive_up_to("threshold", 1)(threshold)
     where = _boolean_mask("where", where, shape)
     where_true = _boolean_mask("where_true", where_true, true_shape)
     if 0 in (*shape, true_shape[1]):

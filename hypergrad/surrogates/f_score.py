@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from ..number_checks import non_negative
+from ..number_checks import finite, non_negative
 from .base import (
     Surrogate,
     negligible_weight,
@@ -55,7 +55,9 @@ class CountRatio(Surrogate):
     """
 
     average: str = eqx.field(static=True, default="macro", kw_only=True)
-    threshold: ArrayLike = eqx.field(default=0.0, kw_only=True)
+    threshold: ArrayLike = eqx.field(
+        default=0.0, kw_only=True, converter=finite("threshold", allow_array=True)
+    )
 
     citations = ("benedict2022",)
 
@@ -145,7 +147,9 @@ class FBeta(CountRatio):
     (0.667, 0.667)
     """
 
-    beta: ArrayLike = eqx.field(default=1.0, converter=non_negative("beta"))
+    beta: ArrayLike = eqx.field(
+        default=1.0, converter=non_negative("beta", allow_inf=True)
+    )
 
     def ratio(self, true_positives, predicted, actual):
         """Returns ``tp`` and ``(beta^2 actual + predicted) / (1 + beta^2)``."""

@@ -84,7 +84,7 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
         where, weights, scores.shape, scores.dtype
     )
     is_valid = _valid_values(
-        "targets", targets, counted, lambda x: x >= 0, "gains of at least 0"
+        "targets", targets, counted, is_weight, "finite gains of at least 0"
     )
     targets = targets.astype(scores.dtype)
     return _make_examples(scores, targets, mask, weights, is_valid)
@@ -128,31 +128,25 @@ def class_examples(scores, targets, where=None, weights=None) -> Examples:
 
 
 def as_temperature(temperature: ArrayLike, dtype: Any) -> Scalar:
-    """Returns a positive scalar of that dtype, NaN if it is traced and not positive."""
+    """Returns a normal positive scalar of that dtype; NaN for any other traced one."""
     array = as_array("temperature", temperature)
     if array.shape != ():
         raise ValueError(
             f"temperature must be a scalar; got shape {array.shape}. Use jax.vmap for "
             "several temperatures."
         )
-    # A small number may be 0 in the precision of the scores.
-    is_known = not isinstance(temperature, Tracer)
-    if is_known and not np.all(np.asarray(temperature).astype(dtype) > 0):
-        raise ValueError(
-            "temperature must be above 0, in the units of the scores; got "
-            f"{temperature}."
-        )
-    return jnp.where(array > 0, array, jnp.nan).astype(dtype)
-
-
-def check_in_interval(name: str, value: Any, upper: float) -> None:
-    """Raises an error unless a concrete number is in (0, upper]."""
-    if isinstance(value, Tracer):
-        return
-    if not (isinstance(value, int | float) or np.shape(value) == ()):
-        raise TypeError(f"{name} must be a number; got {value!r}.")
-    if not 0 < value <= upper:
-        raise ValueError(f"{name} must be in (0, {upper}]; got {value}.")
+    # Processors round numbers below the smallest normal one to 0.
+    array = array.astype(dtype)
+    limits = jnp.finfo(dtype)
+    if not isinstance(temperature, Tracer):
+        value = np.asarray(temperature).astype(dtype)
+        if not limits.tiny <= value <= limits.max:
+            raise ValueError(
+                "temperature must be above 0 and finite, in the units of the scores, "
+                f"and a normal number of {dtype}; got {temperature}."
+            )
+    is_normal = (array >= limits.tiny) & (array <= limits.max)
+    return jnp.where(is_normal, array, jnp.nan)
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
@@ -161,9 +155,17 @@ def as_array(name: str, value: ArrayLike) -> Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array: {error}") from error
-    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise TypeError(f"{name} must contain numbers; got {array.dtype}.")
+    is_complex = jnp.issubdtype(array.dtype, jnp.complexfloating)
+    if is_complex or not (
+        jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool
+    ):
+        raise TypeError(f"{name} must contain real numbers; got {array.dtype}.")
     return array
+
+
+def is_weight(x: Any) -> Any:
+    """Returns True for finite numbers of at least 0."""
+    return (x >= 0) & (x < np.inf)
 
 
 def _float_scores(scores: ArrayLike) -> Array:
@@ -214,7 +216,7 @@ def _mask_and_weights(
     for name, array in (("where", mask), ("weights", factors)):
         if array.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {array.shape}.")
-    check_values("weights", factors, where, lambda x: x >= 0, "at least 0")
+    check_values("weights", factors, where, is_weight, "at least 0 and finite")
     counted = where
     if weights is not None and not is_traced((where, weights)):
         has_weight = np.asarray(weights) != 0

@@ -2,9 +2,11 @@
 
 from abc import abstractmethod
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from ..number_checks import finite
 from ..trees import without_derivative
 from .base import (
     Surrogate,
@@ -37,7 +39,9 @@ class AreaRatio(Surrogate):
     Bias: the tails of the background add up.
     """
 
-    threshold: ArrayLike = 0.0
+    threshold: ArrayLike = eqx.field(
+        default=0.0, converter=finite("threshold", allow_array=True)
+    )
 
     check_inputs = staticmethod(elementwise_examples)
 

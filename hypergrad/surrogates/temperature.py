@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from ..number_checks import finite, positive_up_to
 from .accuracy import best_other_scores, class_scores
 from .base import propagate_nan, subtract_threshold, weighted_mean
 from .inputs import (
     Scalar,
     Vector,
-    check_in_interval,
     elementwise_examples,
     graded_examples,
     multiclass_examples,
@@ -91,7 +91,8 @@ def temperature_from_scores(
     True False
     True True
     """
-    check_in_interval("gap", gap, 0.1)
+    gap = positive_up_to("gap", 0.1)(gap)
+    threshold = finite("threshold", optional=True, allow_array=True)(threshold)
     if threshold is None:
         subtract = _class_differences if np.ndim(scores) == 2 else _pair_differences
         differences, weights = subtract(scores, targets, where, weights)

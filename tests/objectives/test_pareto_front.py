@@ -194,6 +194,15 @@ def test_hypervolumes_are_those_found_by_hand(name: str):
         assert float(hypervolume(points[jnp.array(order)], reference)) == exact
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8"])
+def test_hypervolume_of_integers_does_not_wrap_around(dtype):
+    """FLOPs and parameters are counts; 100 times 100 is no number of 8 bits."""
+    points, reference = jnp.zeros((1, 2), dtype), jnp.full(2, 100, dtype)
+    volume = objectives.hypervolume(points, reference)
+    assert volume.dtype == float
+    assert volume == 10_000
+
+
 @pytest.mark.parametrize("num", [2, 4])
 def test_hypervolume_is_the_dominated_fraction_of_the_unit_box(num: int, key):
     """200,000 random points agree within four standard errors."""

@@ -277,6 +277,35 @@ def test_bounds_must_be_representable_in_the_dtype_of_the_leaf(low, high, log):
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "remedy"),
+    [(1e-30, 1e10, "ratio"), (1.0, 1e60, "range"), (1.0, 1 + 1e-9, "distinct")],
+    ids=["ratio", "high", "distance"],
+)
+def test_errors_of_bounds_say_what_cannot_be_represented(low, high, remedy):
+    with pytest.raises(ValueError, match=rf"low and high.*{remedy}"):
+        Interval(low, high, log=True).forward(jnp.zeros((), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1e40), (-1e40, 0.0), (-3e38, 3e38), (1.0, 1 + 1e-9)],
+    ids=["high", "low", "width", "distance"],
+)
+def test_bounds_of_a_box_must_be_representable_to_sample_it(low, high):
+    """Otherwise samples would be infinite, NaN or all equal."""
+    space = Box(low, high)
+    chex.assert_tree_all_finite(space.from_unit(jnp.full((), 0.5, jnp.float64)))
+    with pytest.raises(ValueError, match=r"low and high.*float32"):
+        space.from_unit(jnp.full((), 0.5, jnp.float32))
+
+
+@pytest.mark.parametrize("make", [Interval, Box])
+def test_bounds_are_real_numbers(make):
+    with pytest.raises(TypeError, match="low"):
+        make(jnp.array(1j), 2.0)
+
+
+@pytest.mark.parametrize(
     "space", [Positive(), Interval(0.0, 1e-4), Interval(0.0, 5e-5)], ids=str
 )
 def test_numbers_of_float16_that_are_not_normal_are_kept(space):

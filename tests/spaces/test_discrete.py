@@ -90,6 +90,18 @@ def test_large_integers_are_told_apart():
             assert space.to_unit(space.from_unit(t)) == t
 
 
+@pytest.mark.parametrize(
+    "values", [[1.0, 1e40], [0.1, 0.1 + 1e-12], [2.0**24, 2.0**24 + 1]], ids=str
+)
+def test_values_of_a_choice_are_different_numbers_of_its_dtype(values):
+    space = Choice(values)
+    with compat.enable_x64(False):
+        for use in (lambda x: x.from_unit(0.5), lambda x: x.sample(jax.random.key(0))):
+            with pytest.raises(ValueError, match=r"values.*float32"):
+                use(space)
+    assert space.from_unit(0.9) == values[1]
+
+
 def test_choices_of_more_than_32_bits_are_refused():
     with compat.enable_x64(False):
         for use in (lambda x: x.from_unit(0.5), lambda x: x.sample(jax.random.key(0))):

@@ -182,3 +182,41 @@ def test_an_item_of_weight_zero_costs_no_digits(name, extra_score):
     np.testing.assert_allclose(run(dirty, labels, weights)[:6], expected, rtol=1e-5)
     value = smooth(dirty, labels, weights=weights)
     np.testing.assert_allclose(value, smooth(scores, targets), rtol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 0, 0], [0, 0, 1, 1]], ids=str)
+@pytest.mark.parametrize("temperature", [1e-30, 1e-10, 1.0])
+def test_squared_hinges_of_distant_scores_are_finite(temperature, labels):
+    """The derivative at 1e-30, of about 1e48, is no number of float32."""
+    scores = jnp.array([1e25, 2.0, 1e25, -1e25], jnp.float32)
+    smooth = lambda s: sg.SquaredHingeAUC()(
+        s, jnp.array(labels), temperature=temperature
+    )
+    value, gradient = jax.jit(jax.value_and_grad(smooth))(scores)
+    assert np.isfinite(value)
+    assert value < 0
+    is_valid = ~np.isnan(gradient) if temperature == 1e-30 else np.isfinite(gradient)
+    assert np.all(is_valid)
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, np.inf, np.nan])
+def test_a_temperature_that_is_no_normal_number_is_an_error_or_nan(temperature):
+    """Processors round 1e-38 to 0 in float32, and 0 / 0 is NaN without a reason."""
+    scores = SCORES.astype(jnp.float32)
+    with pytest.raises(ValueError, match="temperature"):
+        sg.AUC()(scores, TARGETS, temperature=temperature)
+    traced = jax.jit(lambda t: sg.AUC()(scores, TARGETS, temperature=t))
+    assert np.isnan(traced(temperature))
+
+
+@pytest.mark.parametrize("surrogate", [sg.NDCG(2), sg.Accuracy()], ids=by_name)
+def test_weights_and_gains_are_finite_real_numbers(surrogate):
+    good, bad = jnp.ones(4), jnp.array([1.0, np.inf, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"^weights"):
+        surrogate.exact(SCORES, TARGETS, weights=bad)
+    with pytest.raises(TypeError, match=r"^weights.*real"):
+        surrogate.exact(SCORES, TARGETS, weights=1j * good)
+    with pytest.raises(TypeError, match=r"^targets.*real"):
+        surrogate.exact(SCORES, TARGETS + 0j)
+    with pytest.raises(ValueError, match=r"^targets"):
+        surrogate.exact(SCORES, bad)

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ...method_summary import MethodSummary
-from ...number_checks import check_positive_int, positive, positive_up_to_one
+from ...number_checks import check_positive_int, positive, positive_up_to
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
 from ...trees import add_scale, divide, power_of_two_scale, vdot
@@ -54,7 +54,7 @@ class BOME(SingleLoop):
     num_steps: int = eqx.field(static=True)
     step_size: Array | float = eqx.field(kw_only=True, converter=positive("step_size"))
     eta: Array | float = eqx.field(
-        default=0.5, kw_only=True, converter=positive_up_to_one("eta")
+        default=0.5, kw_only=True, converter=positive_up_to("eta", 1)
     )
 
     citations = ("liu2022",)

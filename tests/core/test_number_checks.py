@@ -1,0 +1,107 @@
+"""Settings that are not the numbers that they should be are refused by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hypergrad as hg
+from hypergrad import number_checks, objectives, searchers
+from hypergrad import surrogates as sg
+from hypergrad.spaces import relaxations
+
+ONES = jnp.ones(2)
+KEY = jax.random.key(0)
+make_pair = lambda x: jnp.array([1.0, x])
+FIELDS = {
+    "threshold of Accuracy": lambda x: sg.Accuracy(x),
+    "threshold of FBeta": lambda x: sg.FBeta(threshold=x),
+    "threshold of Dice": lambda x: sg.Dice(x),
+    "threshold of Coverage": lambda x: sg.Coverage(0.5, threshold=x),
+    "threshold of match_boxes": lambda x: sg.match_boxes(
+        jnp.ones((1, 1, 4)), jnp.ones((1, 1)), jnp.ones((1, 1, 4)), threshold=x
+    ),
+    "max_fpr of AUC": lambda x: sg.AUC(x),
+    "num_true of DetectionAP": lambda x: sg.DetectionAP(x),
+    "low of FastAP": lambda x: sg.FastAP(20, low=x),
+    "high of FastAP": lambda x: sg.FastAP(20, high=x),
+    "gap of temperature_from_scores": lambda x: sg.temperature_from_scores(
+        jnp.arange(4.0), gap=x
+    ),
+    "threshold of temperature_from_scores": lambda x: sg.temperature_from_scores(
+        jnp.arange(4.0), threshold=x
+    ),
+    "temperature of SmoothTchebycheff": lambda x: objectives.SmoothTchebycheff(ONES, x),
+    "ideal of SmoothTchebycheff": lambda x: objectives.SmoothTchebycheff(ONES, ideal=x),
+    "tolerance of EPO": lambda x: objectives.EPO(ONES, tolerance=x),
+    "ideal of EPO": lambda x: objectives.EPO(ONES, ideal=x),
+    "penalty of AugmentedLagrangian": lambda x: objectives.AugmentedLagrangian(
+        1.0, penalty=x
+    ),
+    "step_size of CMAES": lambda x: searchers.CMAES(x),
+    "step_size of Reinforce": lambda x: searchers.Reinforce(step_size=x),
+    "decay of Reinforce": lambda x: searchers.Reinforce(decay=x),
+    "noise of GaussianProcess": lambda x: searchers.GaussianProcess(noise=x),
+    "perturbation of PopulationBasedTraining": lambda x: (
+        searchers.PopulationBasedTraining(4, perturbation=x)
+    ),
+    "quantile_fraction of PopulationBasedTraining": lambda x: (
+        searchers.PopulationBasedTraining(4, x)
+    ),
+    "temperature of gumbel_softmax": lambda x: relaxations.gumbel_softmax(ONES, KEY, x),
+    "rtol of CG": lambda x: hg.CG(rtol=x),
+    "step_size of StocBiO": lambda x: hg.StocBiO(optax.sgd(0.1), 2, 2, step_size=x),
+    "strength of Penalty": lambda x: hg.Penalty(hg.Newton(), x),
+    "sigma of Evolution": lambda x: hg.Evolution(hg.Newton(), sigma=x),
+}
+BAD = {"nan": np.nan, "inf": np.inf, "text": "a", "complex": jnp.array(1j)}
+WEIGHTED = {
+    "WeightedSum": objectives.WeightedSum,
+    "SmoothTchebycheff": objectives.SmoothTchebycheff,
+    "EPO": objectives.EPO,
+}
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_setting_that_is_no_finite_number_is_refused_by_name(field, value):
+    name = field.split(" of ")[0]
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}"):
+        FIELDS[field](value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1j], ids=["nan", "inf", "complex"])
+@pytest.mark.parametrize("make", WEIGHTED.values(), ids=WEIGHTED)
+def test_weights_of_losses_are_finite_real_numbers(make, value):
+    with pytest.raises((TypeError, ValueError), match=r"^weights"):
+        make(make_pair(value))
+
+
+FLAGS = {
+    "balanced": lambda x: sg.Accuracy(balanced=x),
+    "log": lambda x: hg.spaces.Interval(1.0, 2.0, log=x),
+    "with_key": lambda x: hg.Batches(jnp.arange(4.0), 2, with_key=x),
+}
+
+
+@pytest.mark.parametrize("value", ["no", 0, None], ids=["text", "zero", "None"])
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_is_true_or_false(name, value):
+    """The text 'no' would count as true."""
+    with pytest.raises(TypeError, match=rf"^{name}"):
+        FLAGS[name](value)
+    FLAGS[name](np.bool_(False))
+
+
+def test_limits_of_a_run_may_be_infinite():
+    convert = number_checks.positive("budget", allow_inf=True)
+    assert convert(np.inf) == np.inf
+    with pytest.raises(ValueError, match="budget"):
+        convert(np.nan)
+
+
+def test_traced_numbers_are_not_checked():
+    """Their values are not known before the program runs."""
+    convert = number_checks.positive("step_size")
+    assert jax.jit(lambda x: convert(x))(-1.0) == -1.0
