@@ -92,7 +92,6 @@ def temperature_from_scores(
     True True
     """
     gap = positive_up_to("gap", 0.1)(gap)
-    threshold = finite("threshold", optional=True, allow_array=True)(threshold)
     if threshold is None:
         subtract = _class_differences if np.ndim(scores) == 2 else _pair_differences
         differences, weights = subtract(scores, targets, where, weights)
@@ -135,6 +134,7 @@ def _threshold_differences(
     scores, targets, threshold, gap, where, weights
 ) -> tuple[Array, Array, Array]:
     """Returns ``s - threshold`` of all scores, their weights, and the gap to reach."""
+    threshold = finite("threshold", allow_array=True)(threshold)
     shape = np.shape(scores)
     is_multilabel = len(shape) == 2 and shape[:1] in map(np.shape, (where, weights))
     check = multilabel_examples if is_multilabel else elementwise_examples
