@@ -178,21 +178,23 @@ class Choice(BoundedSpace):
     def _as_array(self) -> Array:
         """Returns the values; raises ValueError if their dtype cannot hold them."""
         try:
-            with np.errstate(over="ignore"):
-                values = np.asarray(jnp.asarray(self.values))
+            array = jnp.asarray(self.values)
         except OverflowError as error:
             raise ValueError(
                 f"values must be integers of 32 bits; got {self}. Let alpha be an "
                 "exponent or an index, as in 2**alpha or table[alpha], or call "
                 "jax.config.update('jax_enable_x64', True)."
             ) from error
+        # In NumPy, because inside jit the array is traced.
+        with np.errstate(over="ignore"):
+            values = np.asarray(self.values).astype(array.dtype)
         if len(np.unique(values)) < len(values) or not np.isfinite(values).all():
             raise ValueError(
                 f"values must be different numbers of {values.dtype}; got {self}. Let "
                 "alpha be an index, as in table[alpha], or call "
                 "jax.config.update('jax_enable_x64', True)."
             )
-        return jnp.asarray(values)
+        return array
 
 
 def _cell_index(t: ArrayLike, num_values: int) -> Int[Array, "..."]:

@@ -100,6 +100,7 @@ def test_values_of_a_choice_are_different_numbers_of_its_dtype(values):
             with pytest.raises(ValueError, match=r"values.*float32"):
                 use(space)
     assert space.from_unit(0.9) == values[1]
+    assert jax.jit(space.from_unit)(0.9) == values[1]
 
 
 def test_choices_of_more_than_32_bits_are_refused():
