@@ -178,16 +178,16 @@ class Choice(BoundedSpace):
     def _as_array(self) -> Array:
         """Returns the values; raises ValueError if their dtype cannot hold them."""
         try:
-            array = jnp.asarray(self.values)
+            with np.errstate(over="ignore"):
+                array = jnp.asarray(self.values)
+                values = np.asarray(self.values).astype(array.dtype)
         except OverflowError as error:
             raise ValueError(
                 f"values must be integers of 32 bits; got {self}. Let alpha be an "
                 "exponent or an index, as in 2**alpha or table[alpha], or call "
                 "jax.config.update('jax_enable_x64', True)."
             ) from error
-        # In NumPy, because inside jit the array is traced.
-        with np.errstate(over="ignore"):
-            values = np.asarray(self.values).astype(array.dtype)
+        # The array is traced inside jit; the values are not.
         if len(np.unique(values)) < len(values) or not np.isfinite(values).all():
             raise ValueError(
                 f"values must be different numbers of {values.dtype}; got {self}. Let "
