@@ -60,8 +60,7 @@ def finite(
     name: str, *, optional: bool = False, allow_array: bool = False
 ) -> Callable[[Any], Any]:
     """Returns a converter for a field that holds a finite number, or an array."""
-    is_any = lambda x: np.ones(x.shape, bool)
-    return _range_converter(name, "", is_any, optional, allow_array)
+    return _range_converter(name, "finite", np.isfinite, optional, allow_array)
 
 
 def positive(
@@ -71,9 +70,9 @@ def positive(
 
     With ``allow_inf`` the number may be infinity.
     """
-    return _range_converter(
-        name, "above 0", lambda x: x > 0, optional, allow_inf=allow_inf
-    )
+    requirement = "above 0" if allow_inf else "above 0 and finite"
+    is_within = lambda x: (x > 0) & (allow_inf | np.isfinite(x))
+    return _range_converter(name, requirement, is_within, optional)
 
 
 def non_negative(
@@ -88,9 +87,9 @@ def non_negative(
     With ``allow_array`` it may hold an array of such numbers, and with ``allow_inf``
     infinity.
     """
-    return _range_converter(
-        name, "at least 0", lambda x: x >= 0, optional, allow_array, allow_inf
-    )
+    requirement = "at least 0" if allow_inf else "at least 0 and finite"
+    is_within = lambda x: (x >= 0) & (allow_inf | np.isfinite(x))
+    return _range_converter(name, requirement, is_within, optional, allow_array)
 
 
 def in_unit_interval(name: str) -> Callable[[Any], Any]:
@@ -130,22 +129,16 @@ def _range_converter(
     is_within: Callable[[np.ndarray], Any],
     optional: bool = False,
     allow_array: bool = False,
-    allow_inf: bool = False,
 ) -> Callable[[Any], Any]:
     to_number = float_converter(name, optional=optional)
-    if not allow_inf:
-        requirement = " and ".join(filter(None, (requirement, "finite")))
 
     def convert(value: Any) -> Any:
         value = to_number(value)
         shape = np.shape(value)
         if shape and not allow_array:
             raise ValueError(f"{name} must be a single number; got shape {shape}.")
-        if value is None or isinstance(value, Tracer):
-            return value
-        numbers = np.asarray(value)
-        is_valid = is_within(numbers) & (allow_inf | np.isfinite(numbers))
-        if not np.all(is_valid):
+        is_concrete = value is not None and not isinstance(value, Tracer)
+        if is_concrete and not np.all(is_within(np.asarray(value))):
             raise ValueError(f"{name} must be {requirement}; got {value!r}.")
         return value
 

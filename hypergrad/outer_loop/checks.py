@@ -130,8 +130,6 @@ def check_run_options(
     check_positive_int("num_steps", num_steps, optional=True)
     check_record_every(loop, record_every, num_steps)
     budget = positive("budget", optional=True, allow_inf=True)(budget)
-    if np.ndim(budget):
-        raise ValueError(f"budget must be a number; got shape {np.shape(budget)}.")
     check_progress(progress)
     check_checkpoints(checkpoints)
     is_limited = budget is not None and (is_traced(budget) or budget < math.inf)

@@ -2,8 +2,6 @@
 
 import time
 
-import numpy as np
-
 from ..cost.memory import resident_bytes
 from ..number_checks import positive
 from ..runtime.devices import process_max
@@ -14,15 +12,9 @@ class Limits:
     """Limits of time and memory, which are checked between chunks of steps."""
 
     def __init__(self, time_limit: float | None, memory_limit: float | None):
-        self.time_limit = positive("time_limit", optional=True, allow_inf=True)(
-            time_limit
-        )
-        self.memory_limit = positive("memory_limit", optional=True, allow_inf=True)(
-            memory_limit
-        )
-        for name in ("time_limit", "memory_limit"):
-            if shape := np.shape(getattr(self, name)):
-                raise ValueError(f"{name} must be a number; got shape {shape}.")
+        check = lambda name: positive(name, optional=True, allow_inf=True)
+        self.time_limit = check("time_limit")(time_limit)
+        self.memory_limit = check("memory_limit")(memory_limit)
         self.start_time = time.monotonic()
         if memory_limit is not None and resident_bytes() is None:
             raise ValueError(

@@ -94,11 +94,18 @@ def test_a_flag_is_true_or_false(name, value):
     FLAGS[name](np.bool_(False))
 
 
-def test_limits_of_a_run_may_be_infinite():
-    convert = number_checks.positive("budget", allow_inf=True)
-    assert convert(np.inf) == np.inf
-    with pytest.raises(ValueError, match="budget"):
-        convert(np.nan)
+LIMITS = "budget", "time_limit", "memory_limit"
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_of_a_run_may_be_infinite_and_not_nan(name):
+    loss = lambda w, alpha, batch: (w - alpha) ** 2
+    problem, estimator = hg.Bilevel(loss, loss), hg.Implicit(hg.Newton())
+    loop = hg.OuterLoop(problem, estimator, optax.sgd(0.1))
+    run = lambda limit: loop.run(loop.init(0.0, 1.0), num_steps=2, **{name: limit})
+    assert len(run(np.inf).value) == 2
+    with pytest.raises(ValueError, match=name):
+        run(np.nan)
 
 
 def test_traced_numbers_are_not_checked():
