@@ -58,8 +58,8 @@ def hypervolume(
     >>> float(hg.objectives.hypervolume(points, jnp.array([4.0, 4.0])))
     7.0
     """
-    as_float = lambda x: jnp.asarray(x, jnp.result_type(x, float))
-    points, reference = as_float(points), as_float(reference)
+    # As floating-point numbers, because products of integers may wrap around.
+    points, reference = 1.0 * jnp.asarray(points), 1.0 * jnp.asarray(reference)
     if points.ndim != 2 or points.size == 0 or reference.shape != points.shape[1:]:
         raise ValueError(
             "points must have shape [P, K], P >= 1, and reference [K]; got shapes "

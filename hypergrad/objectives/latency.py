@@ -144,5 +144,7 @@ def _check_knots(all_knots: Any) -> None:
                 "knots must hold at least two widths for each axis; got shape "
                 f"{jnp.shape(knots)}."
             )
-        if not is_traced(knots) and not np.all(np.diff(knots) > 0):
-            raise ValueError(f"knots must increase; got {knots}.")
+        if is_traced(knots):
+            continue
+        if not (np.all(np.isfinite(knots)) and np.all(np.diff(knots) > 0)):
+            raise ValueError(f"knots must be finite and increase; got {knots}.")

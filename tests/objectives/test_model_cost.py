@@ -161,6 +161,10 @@ def test_a_table_of_increasing_seconds_increases_everywhere(monkeypatch):
     ("name", "call"),
     [
         ("knots", lambda: objectives.LatencyTable(WIDE, WIDE)),
+        (
+            "knots.*finite",
+            lambda: objectives.LatencyTable((jnp.array([8.0, np.inf]),), jnp.ones(2)),
+        ),
         ("knots", lambda: objectives.LatencyTable((WIDE[:1],), WIDE[:1])),
         ("knots", lambda: objectives.LatencyTable((WIDE[::-1],), WIDE)),
         ("seconds", lambda: objectives.LatencyTable((WIDE, DEEP), WIDE)),
@@ -171,7 +175,15 @@ def test_a_table_of_increasing_seconds_increases_everywhere(monkeypatch):
         ("widths", lambda: objectives.num_flops([3.0])),
     ],
     ids=[
-        *("no tuple", "one knot", "decreasing", "shape", "NaN", "two widths"),
+        *(
+            "no tuple",
+            "infinite",
+            "one knot",
+            "decreasing",
+            "shape",
+            "NaN",
+            "two widths",
+        ),
         *("no axis", "no function", "one layer"),
     ],
 )
