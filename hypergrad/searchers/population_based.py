@@ -123,6 +123,7 @@ class PopulationBasedTraining(PopulationSearcher):
         """
         parent_key, perturbation_key = jax.random.split(key)
         num_members = self.population_size
+        # 0.29 * 100 is 28.999999999999996.
         num_replaced = max(1, math.floor(self.quantile_fraction * num_members + 1e-9))
         ranking = rank_by_value(value)
         best, worst = ranking[:num_replaced], ranking[-num_replaced:]

@@ -230,6 +230,16 @@ def test_worst_members_copy_the_best_and_perturb_alpha():
     np.testing.assert_allclose(change, expected + np.zeros((8, 2)), rtol=1e-9)
 
 
+def test_the_replaced_fraction_is_not_rounded_down():
+    """0.29 * 100 is 28.999999999999996."""
+    searcher = PopulationBasedTraining(100, 0.29)
+    members = make_trainer(1).init_members(100, jax.random.key(0))
+    value = jnp.arange(100.0)
+    _, parents = searcher.replace_worst(SPACE, members, value, jax.random.key(1))
+    assert parents[:71].tolist() == list(range(71))
+    assert np.all(np.asarray(parents[71:]) < 29)
+
+
 def test_a_failed_member_is_no_parent():
     """Two of four members are replaced, and only one has a finite value."""
     searcher = PopulationBasedTraining(4, 0.5)
