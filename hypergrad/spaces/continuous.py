@@ -272,8 +272,9 @@ class Box(BoundedSpace):
       shape: Shape of the leaf, for searches. Defaults to ``()``.
 
     Raises:
-      TypeError: A bound is not a number or an array.
-      ValueError: The bounds are out of order.
+      TypeError: A bound is not a real number or an array.
+      ValueError: The bounds are out of order, or the dtype of a leaf that is sampled or
+        searched cannot represent them.
 
     >>> float(Box(0.0, float("inf")).project(-2.0))
     0.0
@@ -385,7 +386,7 @@ def _concrete_bounds(space: Any) -> tuple[np.ndarray, ...] | None:
 def _check_representable(space: Any, low: Any, high: Any, dtype: Any) -> None:
     """Raises ValueError if bounds overflow in a dtype, or only there are equal."""
     bounds = _concrete_bounds(space)
-    if bounds is None or is_traced((low, high)):
+    if bounds is None:
         return
     with np.errstate(all="ignore"):
         is_distinct = (low < high) | np.equal(*bounds)

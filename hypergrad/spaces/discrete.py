@@ -107,8 +107,9 @@ class Choice(BoundedSpace):
 
     Raises:
       TypeError: A value is not a number.
-      ValueError: Fewer than two values are given, or a value is repeated. `forward`,
-        `inverse` and `project` always raise it.
+      ValueError: Fewer than two values are given, a value is repeated, or in a search
+        the dtype of the values cannot hold them. `forward`, `inverse` and `project`
+        always raise it.
 
     >>> Choice([16, 32, 64]).contains(jnp.array([16, 48])).tolist()
     [True, False]

@@ -109,6 +109,9 @@ class SquaredHingeAUC(Surrogate):
     Call with scores [n] and targets [n] of 0 and 1; ``where`` and ``weights`` have
     shape [n]. Without a pair the bound is 0.
 
+    Neighboring scores that differ by more than ``sqrt(max) / (4 n)`` temperatures, max
+    being the largest number of the dtype, count as that distant, without a gradient.
+
     Ties: a tied pair counts 1 in the mean, half in `exact`.
     Cost: O(n log n), the gradient included. Memory: O(n).
     Source: Rust & Hocking 2023 (arXiv 2302.11062). Their sums over the sorted scores

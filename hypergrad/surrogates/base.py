@@ -29,7 +29,8 @@ class Surrogate(eqx.Module):
     - ``surrogate.exact(scores, targets, *, where=None, weights=None)`` is the metric.
       It can be jitted, and its derivative is 0 wherever it exists, except for
       `CalibrationError`, whose confidences move with the scores.
-    - ``temperature`` is above 0 and in the units of the scores.
+    - ``temperature`` is above 0 and in the units of the scores. One that is infinite,
+      or below the smallest normal number of the dtype, is an error, or NaN if traced.
     - ``where`` marks the examples that count. Defaults to all. An example that is
       masked out may contain anything, NaN included; the result is as if it were absent.
       If nothing is left to average, value and gradient are 0.

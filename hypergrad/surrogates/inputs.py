@@ -84,7 +84,11 @@ def graded_examples(scores, targets, where=None, weights=None) -> Examples:
         where, weights, scores.shape, scores.dtype
     )
     is_valid = _valid_values(
-        "targets", targets, counted, is_weight, "finite gains of at least 0"
+        "targets",
+        targets,
+        counted,
+        is_non_negative,
+        "finite gains of at least 0",
     )
     targets = targets.astype(scores.dtype)
     return _make_examples(scores, targets, mask, weights, is_valid)
@@ -163,7 +167,7 @@ def as_array(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def is_weight(x: Any) -> Any:
+def is_non_negative(x: Any) -> Any:
     """Returns True for finite numbers of at least 0."""
     return (x >= 0) & (x < np.inf)
 
@@ -216,7 +220,7 @@ def _mask_and_weights(
     for name, array in (("where", mask), ("weights", factors)):
         if array.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {array.shape}.")
-    check_values("weights", factors, where, is_weight, "at least 0 and finite")
+    check_values("weights", factors, where, is_non_negative, "at least 0 and finite")
     counted = where
     if weights is not None and not is_traced((where, weights)):
         has_weight = np.asarray(weights) != 0

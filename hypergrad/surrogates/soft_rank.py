@@ -17,7 +17,7 @@ from .inputs import (
     as_temperature,
     check_values,
     elementwise_examples,
-    is_weight,
+    is_non_negative,
 )
 
 
@@ -84,7 +84,14 @@ def _check_ranked(values: ArrayLike, weights: ArrayLike | None) -> None:
     counted = None
     if weights is not None and np.shape(weights) == values.shape:
         weights = as_array("weights", weights)
-        check_values("weights", weights, None, is_weight, "at least 0 and finite", "")
+        check_values(
+            "weights",
+            weights,
+            None,
+            is_non_negative,
+            "at least 0 and finite",
+            "",
+        )
         counted = weights if is_traced(weights) else np.asarray(weights) != 0
     remedy = " Leave items out by a weight of 0."
     check_values("values", values, counted, lambda x: ~np.isinf(x), "finite", remedy)
