@@ -10,7 +10,7 @@ ours lies within the stated tolerance.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from .statistics import (
 
 #: Errors of a function of all rows where only a part of them was made.
 MISSING_ROWS = (KeyError, IndexError, TypeError, ValueError)
-DIFFERENCE_RTOL = 1e-12  # of ratios, and of differences relative to the largest value
 
 Outcome = Literal[
     "holds", "FAILED", "supported", "not supported", "contradicted", "undecided"
@@ -136,8 +135,8 @@ class Pair:
             raise ValueError(
                 f"{label} has several rows of a seed; say which by `where`."
             )
-        numbers = np.array([row.get(self.metric) for row in selected], float)
-        return dict(zip(seeds, numbers.tolist(), strict=True))
+        numbers = [_to_float(row.get(self.metric)) for row in selected]
+        return dict(zip(seeds, numbers, strict=True))
 
     def problem(self, rows: Sequence[Row]) -> str:
         """Returns why the rows decide nothing, in words; empty if they decide."""
@@ -160,7 +159,7 @@ class Pair:
         if self.as_ratio and not np.all(numbers > 0):
             return "a ratio of numbers that are not positive"
         scale = 1.0 if self.as_ratio else np.max(np.abs(numbers))
-        if np.ptp(self.gains(rows)) <= DIFFERENCE_RTOL * scale:
+        if np.ptp(self.gains(rows)) <= _rounding_of_differences(numbers) * scale:
             return "the seeds do not vary"
         return ""
 
@@ -204,6 +203,20 @@ class Pair:
         """Returns an effect with its interval and what it is based on."""
         size = self._size_in_words(effect)
         return f"{size} ({100 * level:.4g}% interval, {num_seeds} seeds)"
+
+
+def _to_float(value: Any) -> float:
+    """Returns a number of a row; NaN for a text, and where there is none."""
+    return math.nan if value is None or isinstance(value, str) else float(value)
+
+
+def _rounding_of_differences(numbers: np.ndarray) -> float:
+    """Returns up to what share of numbers their differences are rounding.
+
+    Four units in the last place of float32 if all numbers are of float32.
+    """
+    is_single = np.array_equal(numbers.astype(np.float32), numbers)
+    return 4 * float(np.finfo(np.float32).eps) if is_single else 1e-12
 
 
 @dataclass(frozen=True)
@@ -293,6 +306,18 @@ class Published:
     relative: bool = False
     scale: str = "paper"
 
+    def __post_init__(self):
+        """Checks the tolerance.
+
+        Raises:
+          ValueError: It is negative or not finite.
+        """
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(
+                "tolerance must be a finite number that is not negative; got "
+                f"{self.tolerance}."
+            )
+
     @property
     def max_difference(self) -> float:
         """The tolerance as an absolute number."""
@@ -302,7 +327,8 @@ class Published:
         """Returns whether our mean is close enough; None if it may not be judged."""
         if self.tag == "recalled" or scale != self.scale or not math.isfinite(mean):
             return None
-        return bool(abs(mean - self.value) <= self.max_difference)
+        rounding = 1e-12 * max(abs(mean), abs(self.value))  # of decimal numbers
+        return bool(abs(mean - self.value) <= self.max_difference + rounding)
 
 
 @dataclass(frozen=True)

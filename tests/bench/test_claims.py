@@ -318,6 +318,45 @@ def test_seeds_with_one_difference_up_to_rounding_do_not_vary(scale):
     assert "do not vary" in finding.text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "outcome"), [("f4", "undecided"), ("f8", "supported")]
+)
+def test_seeds_with_one_difference_up_to_rounding_in_float32_do_not_vary(
+    dtype, outcome
+):
+    """Differences of 3e-8 are rounding of such values in float32, not in float64."""
+    rows = [
+        {"method": method, "seed": seed, "a": float(np.array(x, dtype))}
+        for method, gain in (("old", 0.0), ("new", 0.1))
+        for seed, x in enumerate(0.7 + gain + 3e-8 * np.arange(5) * (gain > 0))
+    ]
+    (finding,) = evaluate_claims((Claim("new", "old", "a", min_effect=0.05),), rows)
+    assert finding.outcome == outcome
+
+
+def test_a_text_is_no_number():
+    rows = [row | {"accuracy": str(row["accuracy"])} for row in rows_with(0.05)]
+    (finding,) = evaluate_claims((Claim("new", "old", "accuracy"),), rows)
+    assert finding.outcome == "undecided"
+    assert "a row has no number" in finding.text
+
+
+def test_a_mean_at_the_end_of_the_tolerance_is_reproduced():
+    """The difference of 1.1 and 1.0 is larger than 0.1 by rounding alone."""
+    for value, mean in ((1.0, 1.1), (1.1, 1.0), (0.3, 0.2), (-1.0, -1.1)):
+        number = Published(value, tolerance=0.1, tag="verified")
+        assert number.is_reproduced(mean, "paper") is True
+        assert number.is_reproduced(mean + np.sign(mean - value) * 1e-9, "paper") is (
+            False
+        )
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan"), float("inf")])
+def test_a_tolerance_is_a_finite_number_that_is_not_negative(tolerance):
+    with pytest.raises(ValueError, match="tolerance"):
+        Published(1.0, tolerance=tolerance, tag="verified")
+
+
 def test_a_check_that_cannot_be_evaluated_fails_and_says_why():
     check = Check("it is small", lambda rows: max(row["a"] for row in rows) < 1)
     assert check.evaluate([{"a": 0.5}]).outcome == "holds"
