@@ -1,26 +1,30 @@
 """Judges committed rows again: damaged, missing or mixed rows, checks and claims."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from .claims import Finding
+from .methods import MethodError
 from .report import TableResult
-from .rows import Row, cell_key, read_rows
-from .runner import COMMON_FIELDS
-from .table import BaseTable
+from .rows import Cell, Row, cell_key, key_in_words, read_rows, repeated_keys, select
+from .runner import COMMON_FIELDS, check_no_cell_is_repeated
+from .table import BaseTable, Table
+from .tuning import choose_setting, tuning_fields
 
 
 def load_result(name: str, table: BaseTable, folder: Path) -> TableResult:
     """Returns the rows of a table in a folder.
 
     Raises:
-      ValueError: The file is missing, empty or damaged, or its rows are of several runs
-        that do not belong together.
+      ValueError: The file is missing, empty or damaged, its rows are of several runs
+        that do not belong together, or a cell has several rows.
     """
     result = _read_result(name, table, folder)
     if problems := mixed_fields(result.rows):
         raise ValueError(f"{folder / name}.jsonl mixes runs: {'; '.join(problems)}.")
+    check_no_cell_is_repeated(result.rows, table, folder / f"{name}.jsonl")
     if not result.printed_rows:
         raise ValueError(
             f"{folder / name}.jsonl holds rows of tuning only. The same "
@@ -54,7 +58,7 @@ def check_result(name: str, table: BaseTable, folder: Path) -> list[Finding]:
         result = _read_result(name, table, folder)
         problems = mixed_fields(result.rows) + cell_problems(result)
         problems += metric_problems(result)
-        if problems:
+        if problems := problems or tuning_problems(result):
             return [Finding(text, "FAILED") for text in problems]
         return result.findings + notes(result)
     except (ValueError, OSError) as error:
@@ -120,12 +124,11 @@ def cell_problems(result: TableResult) -> list[str]:
     is_converted = all("converted_from" in row for row in rows)
     needed = stages[-1:] if is_converted else stages
     planned = {key_of(cell) for stage in stages for cell in stage}
-    counts = Counter(map(key_of, rows))
-    added = {row["method"] for row in rows if "method_source" in row}
-    expected = {key_of(x) for stage in needed for x in stage}
-    expected |= {key_of({"method": x, "seed": seed}) for x in added for seed in seeds}
+    expected = {key_of(cell) for stage in needed for cell in stage}
+    expected |= set(map(key_of, _cells_of_added_methods(rows, seeds)))
     of_added = {key_of(row) for row in rows if "method_source" in row}
-    missing = expected - counts.keys()
+    measured = set(map(key_of, rows))
+    missing = expected - measured
     method_of = lambda key: key[key_fields.index("method")]
     num_expected = Counter(map(method_of, expected))
     num_missing = Counter(map(method_of, missing))
@@ -134,15 +137,73 @@ def cell_problems(result: TableResult) -> list[str]:
     }
     texts = {
         "missing": {key for key in missing if method_of(key) not in without_rows},
-        "not planned": counts.keys() - planned - of_added,
-        "repeated": {key for key, count in counts.items() if count > 1},
+        "not planned": measured - planned - of_added,
+        "repeated": repeated_keys(rows, key_fields),
     }
-    in_words = lambda key: ", ".join(str(x) for x in key if x is not None)
     return [
         f"missing: {name}, all {num_expected[name]} cells"
         for name in sorted(without_rows)
     ] + [
-        f"{kind}: {in_words(key)}"
+        f"{kind}: {key_in_words(key)}"
         for kind, keys in texts.items()
         for key in sorted(keys, key=str)
     ]
+
+
+def _cells_of_added_methods(rows: list[Row], seeds: list[int]) -> list[Cell]:
+    """Returns the cells of added methods, as far as their rows tell.
+
+    Their grids are known only to their files. A method whose reported rows state a cost
+    of tuning had at least one setting that was tuned.
+    """
+    cells: list[Cell] = []
+    for label in {row["method"] for row in rows if "method_source" in row}:
+        rows_of_label = select(rows, method=label)
+        num_settings = 1 + max(row.get("setting_index", -1) for row in rows_of_label)
+        if any("tuning_cost" in row for row in rows_of_label):
+            num_settings = max(1, num_settings)
+        cells += [{"method": label, "seed": seed} for seed in seeds]
+        cells += [
+            {"stage": "tuning", "method": label, "setting_index": index, "seed": seed}
+            for seed in seeds
+            for index in range(num_settings)
+        ]
+    return cells
+
+
+def tuning_problems(result: TableResult) -> list[str]:
+    """Returns reported rows whose setting or cost is not that of their tuning runs."""
+    if not isinstance(result.table, Table):
+        return []
+    return [
+        f"{row['method']}, seed {row['seed']}: {problem}"
+        for row in result.printed_rows
+        for problem in _tuning_problems_of(row, result.rows)
+    ]
+
+
+def _tuning_problems_of(row: Row, rows: list[Row]) -> list[str]:
+    label, seed = row["method"], row["seed"]
+    tuning_rows = select(rows, stage="tuning", method=label, seed=seed)
+    if not tuning_rows:
+        return []
+    num_settings = 1 + max(tuning_row["setting_index"] for tuning_row in tuning_rows)
+    try:
+        index = choose_setting(label, seed, num_settings, tuning_rows)
+    except MethodError as error:
+        return [str(error)]
+    problems = []
+    (chosen,) = select(tuning_rows, setting_index=index)
+    if row["settings"] != chosen["settings"]:
+        problems.append(
+            f"reported with {row['settings']}, but the rows of tuning choose "
+            f"{chosen['settings']}"
+        )
+    stated = row.get("tuning_cost", 0.0)
+    cost = tuning_fields(label, seed, tuning_rows, 0.0).get("tuning_cost", 0.0)
+    if not math.isclose(stated, cost, rel_tol=1e-9):
+        problems.append(
+            f"its tuning cost {stated:g} gradient-equivalents, but the rows of tuning "
+            f"cost {cost:g}"
+        )
+    return problems

@@ -8,6 +8,7 @@ changes the checksum, and a line that is not canonical is refused as well.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ def move_incomplete_line(path: Path) -> None:
 def cell_key(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
     """Returns the values that identify the cell of a row."""
     return tuple(hashable(row.get(field)) for field in fields)
+
+
+def repeated_keys(rows: Iterable[Row], fields: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Returns the keys of the cells that have several rows."""
+    counts = Counter(cell_key(row, fields) for row in rows)
+    return [key for key, count in counts.items() if count > 1]
+
+
+def key_in_words(key: Sequence[Any]) -> str:
+    """Returns the values that identify a cell, for a message."""
+    return ", ".join(str(value) for value in key if value is not None)
 
 
 def select(rows: Iterable[Row], **fields: Any) -> list[Row]:

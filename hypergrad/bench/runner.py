@@ -25,10 +25,12 @@ from .rows import (
     Row,
     append_row,
     cell_key,
+    key_in_words,
     move_incomplete_line,
     not_serializable,
     parse_line,
     read_rows,
+    repeated_keys,
     to_line,
 )
 from .source import digest_package
@@ -120,6 +122,7 @@ def run_table(
             common |= {name: result.rows[0].get(name) for name in PROCESS_FIELDS}
         for row in result.rows:
             check_row_origin(row, common, method_sources, path)
+        check_no_cell_is_repeated(result.rows, table, path)
         machines = [row.get("machine") for row in result.rows]
         warn_of_other_machines(f"rows of {path} were made", machines)
         move_incomplete_line(path)
@@ -297,6 +300,15 @@ def check_row_origin(
         raise ValueError(
             f"{path} holds rows made with another {name} ({old}, now {new}). Continue "
             "with what started the run, move the file away, or give another --out."
+        )
+
+
+def check_no_cell_is_repeated(rows: list[Row], table: BaseTable, path: Path) -> None:
+    """Raises ValueError if a file has several rows of a cell."""
+    if keys := repeated_keys(rows, table.key_fields):
+        raise ValueError(
+            f"{path} holds several rows of one cell: {key_in_words(keys[0])}. Delete "
+            "all but one of them."
         )
 
 

@@ -69,6 +69,7 @@ def damaged_results(good_rows: list[dict]) -> dict[str, str]:
         "without_seed": without("seed"),
         "tuning_only": "".join(to_line(x | {"stage": "tuning"}) for x in good_rows),
         "mixed": "".join(map(to_line, mixed)),
+        "repeated": text + to_line(good_rows[-1]),
         "orphan": text,
         "of_broken_table": text,
     }
@@ -151,6 +152,7 @@ def test_a_report_names_damaged_files_and_goes_on(results, good_rows, capsys):
     line = lambda name: next(x for x in errors.splitlines() if f"{name} failed" in x)
     assert "mixes runs" in line("mixed")
     assert "several values of source" in line("mixed")
+    assert "several rows of one cell: descent, 1" in line("repeated")
     assert "rows of tuning only" in line("tuning_only")
     assert "hypergrad run" in line("tuning_only")
 
@@ -172,7 +174,14 @@ def test_a_comparison_names_damaged_files_and_goes_on(
     shutil.copy(results / "quadratic.jsonl", reference)
     status, output, _ = call(capsys, cli.compare, results, reference)
     assert status == 1
-    for name in ("flipped", "mixed", "orphan", "a_folder", "without_method"):
+    for name in (
+        "flipped",
+        "mixed",
+        "repeated",
+        "orphan",
+        "a_folder",
+        "without_method",
+    ):
         assert f"{name}: damaged: " in output
     assert "quadratic: " not in output
 

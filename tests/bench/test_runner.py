@@ -407,6 +407,19 @@ def test_a_foreign_file_is_refused_and_left_as_it_is(run, tmp_path):
     assert path.read_text() == "notes of mine\nwithout an end"
 
 
+def test_a_file_with_a_repeated_row_is_refused_before_anything_is_measured(
+    run, tmp_path
+):
+    rows = run(seeds=1, only=("nothing",)).rows
+    path = tmp_path / "out" / "quadratic.jsonl"
+    path.write_text(2 * path.read_text())
+    labels = []
+    with pytest.raises(ValueError, match="several rows of one cell: nothing, 0"):
+        run(seeds=2, progress=lambda done, total, label: labels.append(label))
+    assert labels == []
+    assert read_rows(path) == 2 * rows
+
+
 @pytest.mark.page
 def test_the_table_of_the_documentation_runs(tmp_path):
     page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
