@@ -109,6 +109,8 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
     candidate = folder / f"{name}.py"
     if candidate.is_file():
         return candidate.resolve()
+    if path.suffix == ".py":
+        raise ValueError(_missing_file(path))
     names = [path.stem for path in table_files(folder)]
     close = difflib.get_close_matches(name, names)
     content = f"{folder} holds {', '.join(names) or 'no table'}"
@@ -121,6 +123,19 @@ def find_table(name: str, folder: Path = FOLDER) -> Path:
         f"above {folder}, such as a clone of hypergrad, or give the path of a file "
         "that defines `table`."
     )
+
+
+def _missing_file(path: Path) -> str:
+    """Returns that a file of a table does not exist, with similar names."""
+    if not path.parent.is_dir():
+        content = f"there is no folder {path.parent}"
+    else:
+        names = [file.name for file in table_files(path.parent)]
+        close = difflib.get_close_matches(path.name, names)
+        content = f"its folder holds the tables {', '.join(names) or '(none)'}"
+        if close:
+            content = f"did you mean {' or '.join(close)}"
+    return f"no file {path}: {content}, seen from {Path.cwd()}."
 
 
 def table_files(folder: Path = FOLDER) -> list[Path]:

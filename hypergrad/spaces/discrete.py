@@ -131,7 +131,10 @@ class Choice(BoundedSpace):
     ):
         if isinstance(values, int | np.integer):
             values = range(values)
-        numbers = np.atleast_1d(np.asarray(values)).tolist()
+        try:
+            numbers = np.atleast_1d(np.asarray(values)).tolist()
+        except ValueError:  # lists of several lengths
+            numbers = [values]
         for number in numbers:
             if not isinstance(number, int | float) or not math.isfinite(number):
                 raise TypeError(

@@ -430,6 +430,8 @@ def test_a_dry_run_takes_seconds_of_the_same_budget_and_scale(
     ("arguments", "message"),
     [
         (("run", "absent"), "no table 'absent'"),
+        (("run", "quadratik.py"), "no file quadratik.py: did you mean quadratic.py"),
+        (("run", "none/a.py"), "no file none/a.py: there is no folder none, seen"),
         (("run", "quadratic.py", "--method", "mine.txt:f"), "FILE.py:FUNCTION"),
         (("run", "quadratic.py", "--method", "bad.py:f"), "KeyError in bad.py, line 2"),
         (("recompute", "runs", "--cells", "0"), "--cells must be at least 1; got 0"),
@@ -444,7 +446,8 @@ def test_a_dry_run_takes_seconds_of_the_same_budget_and_scale(
         (("cite", "tasks"), "'tasks' to cite"),
     ],
     ids=[
-        *("no such table", "a method of a text file", "a method that fails"),
+        *("no such table", "a misspelt file", "a file of no folder"),
+        *("a method of a text file", "a method that fails"),
         *("no cells", "a file without a table", "a file without a function"),
         *("a method without a grid", "a check of no table", "a folder without rows"),
         *("no such folder", "nothing to cite", "a misspelt name", "a module"),

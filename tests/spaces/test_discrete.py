@@ -58,6 +58,14 @@ def test_a_choice_of_booleans_has_cells():
     assert space.from_unit(jnp.array([0.2, 0.9])).tolist() == [False, True]
 
 
+@pytest.mark.parametrize(
+    "values", [[[1.0, 2.0], [3.0]], ["a", "b"], [None, 1], [1j, 2]], ids=str
+)
+def test_values_that_are_no_numbers_are_refused_with_a_remedy(values):
+    with pytest.raises(TypeError, match=r"values must be finite.*jax\.lax\.switch"):
+        Choice(values)
+
+
 def test_a_choice_is_counted_by_any_integer():
     assert Choice(np.int64(3)).values == (0, 1, 2)
 
