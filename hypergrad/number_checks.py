@@ -112,10 +112,12 @@ def or_schedule(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: first_equal(value) if callable(value) else convert(value)
 
 
-def boolean(name: str) -> Callable[[Any], bool]:
-    """Returns a converter for a static field that holds True or False."""
+def boolean(name: str, *, optional: bool = False) -> Callable[[Any], Any]:
+    """Returns a converter for a static field that holds True or False, or None."""
 
-    def convert(value: Any) -> bool:
+    def convert(value: Any) -> bool | None:
+        if optional and value is None:
+            return None
         if not isinstance(value, bool | np.bool_):
             raise TypeError(f"{name} must be True or False; got {value!r}.")
         return bool(value)

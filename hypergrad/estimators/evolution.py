@@ -14,7 +14,7 @@ from ..cost import cost_stats
 from ..cost.counts import count_batch
 from ..inner.base import InnerSolver, IterativeSolver, grads_per_step, step_fraction
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int, positive
+from ..number_checks import boolean, check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..trees import widen
 from .base import Estimate, make_estimate
@@ -74,7 +74,9 @@ class Evolution(eqx.Module):
     solver: InnerSolver
     sigma: float | Array = eqx.field(default=0.1, converter=positive("sigma"))
     num_pairs: int = eqx.field(static=True, default=16)
-    warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
+    warm_start: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("warm_start")
+    )
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"

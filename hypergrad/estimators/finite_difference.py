@@ -13,7 +13,7 @@ from ..checks.problem import check_alpha_has_gradient, check_problem
 from ..cost import cost_stats
 from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int, positive
+from ..number_checks import boolean, check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..trees import add_scale, machine_eps, safe_norm
 from .base import Estimate, make_estimate
@@ -70,7 +70,9 @@ class FiniteDifference(eqx.Module):
         default=None, converter=positive("epsilon", optional=True)
     )
     step_size: float | Array = eqx.field(default=1.0, converter=positive("step_size"))
-    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    warm_start: bool = eqx.field(
+        static=True, default=True, kw_only=True, converter=boolean("warm_start")
+    )
     adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
@@ -202,7 +204,9 @@ class CentralDifference(eqx.Module):
     epsilon: float | Array | None = eqx.field(
         default=None, converter=positive("epsilon", optional=True)
     )
-    warm_start: bool = eqx.field(static=True, default=False, kw_only=True)
+    warm_start: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("warm_start")
+    )
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"

@@ -20,7 +20,7 @@ from ..implicit.minimum import is_cancelled
 from ..inner.base import IterativeSolver, grads_per_step, step_fraction
 from ..inner.descent import run_inner_steps
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int
+from ..number_checks import boolean, check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import (
     all_finite,
@@ -166,7 +166,9 @@ class FixedPoint(eqx.Module):
 
     solver: IterativeSolver
     num_terms: int = eqx.field(static=True)
-    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    warm_start: bool = eqx.field(
+        static=True, default=True, kw_only=True, converter=boolean("warm_start")
+    )
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "argmin"

@@ -26,7 +26,7 @@ from ..inner.base import InnerSolver
 from ..linear import CG
 from ..linear.base import check_linear_solver
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int, float_converter, non_negative
+from ..number_checks import boolean, check_positive_int, float_converter, non_negative
 from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
 from ..validation import check_hashable, check_solver, is_traced
@@ -181,9 +181,15 @@ class Implicit(eqx.Module):
     rtol: float | Array | None = eqx.field(
         default=None, converter=float_converter("rtol"), kw_only=True
     )
-    certify: bool = eqx.field(static=True, default=False, kw_only=True)
-    estimate_error: bool = eqx.field(static=True, default=True, kw_only=True)
-    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    certify: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("certify")
+    )
+    estimate_error: bool = eqx.field(
+        static=True, default=True, kw_only=True, converter=boolean("estimate_error")
+    )
+    warm_start: bool = eqx.field(
+        static=True, default=True, kw_only=True, converter=boolean("warm_start")
+    )
     adjoint_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 

@@ -26,7 +26,7 @@ from ..checks.problem import (
 from ..cost import cost_stats
 from ..inner.base import InnerSolver, InnerStats, IterativeSolver, step_fraction
 from ..inner.descent import NON_DIFFERENTIABLE_STATES, contains_state, run_inner_steps
-from ..number_checks import check_positive_int
+from ..number_checks import boolean, check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import safe_norm
 from ..validation import KEY_SHAPE, check_solver
@@ -80,7 +80,12 @@ class RunEstimator(eqx.Module):
       warm_start, outer_batch_size: As in `Unrolled`.
     """
 
-    warm_start: bool | None = eqx.field(static=True, default=None, kw_only=True)
+    warm_start: bool | None = eqx.field(
+        static=True,
+        default=None,
+        kw_only=True,
+        converter=boolean("warm_start", optional=True),
+    )
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "solver"

@@ -16,7 +16,7 @@ from ..cost import HVP_COST, cost_stats
 from ..implicit.differentiation import zero_adjoint
 from ..inner.base import InnerSolver, InnerStats
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int, positive
+from ..number_checks import boolean, check_positive_int, positive
 from ..problem import Bilevel, EstimateData
 from ..products import Loss
 from ..trees import add_scale, all_finite, scale
@@ -97,8 +97,12 @@ class Penalty(eqx.Module):
 
     solver: InnerSolver
     strength: float | Array = eqx.field(converter=positive("strength"))
-    symmetric: bool = eqx.field(static=True, default=False, kw_only=True)
-    warm_start: bool = eqx.field(static=True, default=True, kw_only=True)
+    symmetric: bool = eqx.field(
+        static=True, default=False, kw_only=True, converter=boolean("symmetric")
+    )
+    warm_start: bool = eqx.field(
+        static=True, default=True, kw_only=True, converter=boolean("warm_start")
+    )
     outer_batch_size: int | None = eqx.field(static=True, default=None, kw_only=True)
 
     target = "argmin"

@@ -18,7 +18,7 @@ from ..inner.storage import StepSizes, Storage, choose_storage
 from ..keys_in_w import bind_keys
 from ..losses_with_w import losses_with_w, pull_back_losses
 from ..method_summary import MethodSummary
-from ..number_checks import check_positive_int
+from ..number_checks import boolean, check_positive_int
 from ..problem import Bilevel, EstimateData
 from ..trees import all_finite, safe_norm
 from ..validation import KEY_SHAPE
@@ -106,7 +106,9 @@ class Unrolled(RunEstimator):
 
     solver: IterativeSolver
     truncation_length: int | None = eqx.field(static=True, default=None)
-    checkpoint: bool | None = eqx.field(static=True, default=None)
+    checkpoint: bool | None = eqx.field(
+        static=True, default=None, converter=boolean("checkpoint", optional=True)
+    )
     max_stored_bytes: int = eqx.field(static=True, default=MAX_STORED_BYTES)
 
     citations = ("franceschi2017", "shaban2019", "griewank2000", "kemaev2025")

@@ -26,7 +26,7 @@ from ..estimators.base import Estimator, get_target
 from ..inner.descent import LINE_SEARCH_STATES, contains_state
 from ..keys_in_w import bind_keys
 from ..metrics import Metric, check_metrics
-from ..number_checks import check_positive_int
+from ..number_checks import boolean, check_positive_int
 from ..problem import Bilevel
 from ..progress import Progress
 from ..runtime.equal_optimizers import first_equal
@@ -155,8 +155,6 @@ class OuterLoop(eqx.Module):
         check_aggregator(aggregator, problem)
         check_outer_data_fn(outer_data_fn, problem, estimator)
         check_on_untrusted(on_untrusted, estimator)
-        if not isinstance(record_alphas, bool):
-            raise TypeError(f"record_alphas must be a bool; got {record_alphas!r}.")
         check_one_sample(certify_every, problem, estimator)
         self.problem, self.estimator, self.space, self.aggregator = floats_to_arrays(
             (problem, estimator, space, aggregator)
@@ -168,7 +166,7 @@ class OuterLoop(eqx.Module):
         self.eval_every = eval_every
         self.certify_every = certify_every
         self.on_untrusted = on_untrusted
-        self.record_alphas = record_alphas
+        self.record_alphas = boolean("record_alphas")(record_alphas)
 
     def init(self, w: PyTree, alpha: PyTree, key: Array | None = None) -> OuterState:
         """Returns the state before the first step.

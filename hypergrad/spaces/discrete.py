@@ -1,5 +1,6 @@
 """Spaces of integers and choices, which have no derivative: only for `search`."""
 
+import contextlib
 import functools
 import math
 import operator
@@ -131,10 +132,9 @@ class Choice(BoundedSpace):
     ):
         if isinstance(values, int | np.integer):
             values = range(values)
-        try:
+        numbers: list[Any] = [values]
+        with contextlib.suppress(ValueError):  # of lists of several lengths
             numbers = np.atleast_1d(np.asarray(values)).tolist()
-        except ValueError:  # lists of several lengths
-            numbers = [values]
         for number in numbers:
             if not isinstance(number, int | float) or not math.isfinite(number):
                 raise TypeError(

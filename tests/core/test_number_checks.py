@@ -78,20 +78,50 @@ def test_weights_of_losses_are_finite_real_numbers(make, value):
         make(make_pair(value))
 
 
+SOLVER = hg.Descent(optax.sgd(0.1), 2)
 FLAGS = {
-    "balanced": lambda x: sg.Accuracy(balanced=x),
-    "log": lambda x: hg.spaces.Interval(1.0, 2.0, log=x),
-    "with_key": lambda x: hg.Batches(jnp.arange(4.0), 2, with_key=x),
+    "balanced of Accuracy": lambda x: sg.Accuracy(balanced=x),
+    "log of Interval": lambda x: hg.spaces.Interval(1.0, 2.0, log=x),
+    "with_key of Batches": lambda x: hg.Batches(jnp.arange(4.0), 2, with_key=x),
+    "certify of Implicit": lambda x: hg.Implicit(SOLVER, certify=x),
+    "estimate_error of Implicit": lambda x: hg.Implicit(SOLVER, estimate_error=x),
+    "warm_start of Implicit": lambda x: hg.Implicit(SOLVER, warm_start=x),
+    "warm_start of FixedPoint": lambda x: hg.FixedPoint(SOLVER, 5, warm_start=x),
+    "symmetric of Penalty": lambda x: hg.Penalty(SOLVER, 1.0, symmetric=x),
+    "warm_start of Penalty": lambda x: hg.Penalty(SOLVER, 1.0, warm_start=x),
+    "warm_start of Evolution": lambda x: hg.Evolution(SOLVER, warm_start=x),
+    "warm_start of FiniteDifference": lambda x: hg.FiniteDifference(
+        SOLVER, warm_start=x
+    ),
+    "record_alphas of OuterLoop": lambda x: hg.OuterLoop(
+        hg.Bilevel(lambda w, alpha, batch: w, lambda w, alpha, batch: w),
+        hg.Unrolled(SOLVER), optax.sgd(0.1), record_alphas=x,
+    ),
+}  # fmt: skip
+OPTIONAL_FLAGS = {
+    "warm_start of Unrolled": lambda x: hg.Unrolled(SOLVER, warm_start=x),
+    "checkpoint of Unrolled": lambda x: hg.Unrolled(SOLVER, checkpoint=x),
+    "warm_start of Forward": lambda x: hg.Forward(SOLVER, warm_start=x),
 }
 
 
-@pytest.mark.parametrize("value", ["no", 0, None], ids=["text", "zero", "None"])
-@pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_is_true_or_false(name, value):
-    """The text 'no' would count as true."""
-    with pytest.raises(TypeError, match=rf"^{name}"):
-        FLAGS[name](value)
-    FLAGS[name](np.bool_(False))
+@pytest.mark.parametrize("value", ["no", 0, 10], ids=["text", "zero", "ten"])
+@pytest.mark.parametrize("field", FLAGS | OPTIONAL_FLAGS)
+def test_a_flag_is_true_or_false(field, value):
+    """The text 'no' would count as true, as would 10 steps between certificates."""
+    make, name = (FLAGS | OPTIONAL_FLAGS)[field], field.split(" of ")[0]
+    with pytest.raises(TypeError, match=rf"^{name} must be True or False"):
+        make(value)
+    make(np.bool_(False))
+
+
+@pytest.mark.parametrize("field", FLAGS | OPTIONAL_FLAGS)
+def test_only_a_flag_with_a_default_of_its_own_may_be_none(field):
+    if field in OPTIONAL_FLAGS:
+        OPTIONAL_FLAGS[field](None)
+        return
+    with pytest.raises(TypeError, match="must be True or False; got None"):
+        FLAGS[field](None)
 
 
 LIMITS = "budget", "time_limit", "memory_limit"
