@@ -30,6 +30,7 @@ COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "black")
 MAX_COLUMNS = 3
 MAX_LINES_PER_LEAF = 20
 MAX_CROSSES = 40
+EDGE_HEIGHT = 0.03  # of crosses without a number, as a part of the panel
 MAX_LABELS = 11
 PANEL_WIDTH, PANEL_HEIGHT = 4.2, 3.0  # inches
 
@@ -38,7 +39,8 @@ def plot_trace(trace: "Trace") -> "Figure":
     """Draws the value, the errors, the metrics and ``alpha`` of a run over its steps.
 
     The outer value is drawn over the steps and over the cost. A cross marks a step
-    whose estimate is not trusted. Errors, metrics and ``alpha`` have a panel each if
+    whose estimate is not trusted, or a trial that failed; it is at the lower edge where
+    there is no finite number. Errors, metrics and ``alpha`` have a panel each if
     they were recorded, ``alpha`` with ``record_alphas=True``. A leaf with more than 20
     entries is drawn by its median and the range of its entries.
 
@@ -280,24 +282,33 @@ def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> No
     is_single = values.shape[1] == 1
     for i, (column, color) in enumerate(_with_colors(values.T)):
         label = None if is_single else f"loss {i}"
-        if trace.row_kind == "trial" and is_single:
-            axes.plot(x, column, "o", color=color, ms=3, label="trial")
+        if trace.row_kind != "trial":
+            axes.plot(x, column, "-", color=color, label=label, **_dots(column))
+            continue
+        axes.plot(x, column, "o", color=color, ms=3, label=label or "trial")
+        if is_single:
             finite = np.where(np.isfinite(column), column, np.nan)
             lowest = np.fmin.accumulate(finite)
             axes.plot(x, lowest, color=color, drawstyle="steps-post", label="lowest")
             if trace.best_row is not None and np.isfinite(finite).any():
                 best = int(trace.best_row)
                 axes.plot(x[best], column[best], "*", color=color, ms=9, label="best")
-        else:
-            axes.plot(x, column, "-", color=color, label=label)
     _mark_untrusted(axes, trace, x, values)
     axes.set(xlabel=xlabel, ylabel="outer value")
+
+
+def _dots(values: np.ndarray) -> dict[str, Any]:
+    """Returns the style of a line with a dot where no finite number is beside one."""
+    is_finite = np.isfinite(values)
+    before, after = np.pad(is_finite, (1, 0))[:-1], np.pad(is_finite, (0, 1))[1:]
+    is_alone = np.flatnonzero(is_finite & ~before & ~after)
+    return {"marker": "o", "ms": 3, "markevery": is_alone.tolist()}
 
 
 def _plot_errors(
     axes: "Axes", trace: "Trace", steps: np.ndarray, errors: np.ndarray
 ) -> None:
-    axes.plot(steps, errors, "-", color=BLUE)
+    axes.plot(steps, errors, "-", color=BLUE, **_dots(errors))
     _mark_untrusted(axes, trace, steps, errors[:, None])
     axes.set(
         xlabel=f"outer {trace.row_kind}",
@@ -309,22 +320,33 @@ def _plot_errors(
 def _mark_untrusted(
     axes: "Axes", trace: "Trace", x: np.ndarray, values: np.ndarray
 ) -> None:
-    """Draws a cross at each value whose estimate is not trusted, or at 40 of many."""
+    """Draws a cross at each value whose estimate is not trusted, or at 40 of many.
+
+    Where the value is not finite, the cross is at the lower edge.
+    """
     is_untrusted = np.zeros(len(x), bool)
     if "trusted" in trace.stats:
         is_untrusted = np.asarray(trace.stats["trusted"])[: len(x)] != 1
     if count := int(np.sum(is_untrusted)):
         reason = "not finite" if trace.row_kind == "trial" else "not trusted"
-        for i, column in enumerate(values.T):
-            axes.plot(
-                x[is_untrusted],
-                column[is_untrusted],
-                "x",
-                color=RED,
-                ms=5,
-                markevery=-(-count // MAX_CROSSES),
-                label=f"{reason} ({count} of {len(x)})" if i == 0 else None,
-            )
+        label = f"{reason} ({count} of {len(x)})"
+        is_lost = is_untrusted & ~np.isfinite(values).all(axis=1)
+        crosses = [(is_untrusted & ~is_lost, column, {}) for column in values.T]
+        at_edge = {"transform": axes.get_xaxis_transform()}
+        crosses.append((is_lost, np.full(len(x), EDGE_HEIGHT), at_edge))
+        for mask, heights, options in crosses:
+            if mask.any():
+                axes.plot(
+                    x[mask],
+                    heights[mask],
+                    "x",
+                    color=RED,
+                    ms=5,
+                    markevery=-(-count // MAX_CROSSES),
+                    label=label,
+                    **options,
+                )
+                label = None  # one entry in the legend
     _add_legend(axes)
 
 
@@ -357,12 +379,13 @@ def _plot_alphas(axes: "Axes", alphas: PyTree, steps: np.ndarray) -> None:
         ]
     for (name, leaf), color in _with_colors(leaves):
         entries = leaf.reshape(len(steps), -1)
+        median = np.median(entries, axis=1)
+        style = {"color": color, **_dots(median)}
         if entries.shape[1] <= MAX_LINES_PER_LEAF:
-            lines = axes.plot(steps, entries, "-", color=color, lw=1)
+            lines = axes.plot(steps, entries, "-", lw=1, **style)
             lines[0].set_label(name)
             continue
-        median = np.median(entries, axis=1)
-        axes.plot(steps, median, "-", color=color, label=f"{name}, median")
+        axes.plot(steps, median, "-", label=f"{name}, median", **style)
         bounds = entries.min(axis=1), entries.max(axis=1)
         axes.fill_between(
             steps, *bounds, color=color, alpha=0.2, lw=0, label=f"{name}, range"

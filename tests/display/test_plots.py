@@ -76,6 +76,39 @@ def test_many_untrusted_steps_have_few_marks_and_their_number_in_the_legend():
     assert MAX_CROSSES / 2 <= num_marked <= MAX_CROSSES
 
 
+def test_values_that_are_not_finite_are_marked_at_the_lower_edge():
+    """Such as failed trials: all of them lie within the axes."""
+    outer = lambda w, a, b: jnp.where(w > 0.6, jnp.nan, (w - 0.5) ** 2)
+    problem = hg.Bilevel(TO_ONE.inner_loss, outer)
+    trace = hg.search(
+        problem, hg.Newton(), hg.searchers.Sobol(), 0.0,
+        space=hg.spaces.Unit(), budget=60,
+    )  # fmt: skip
+    has_failed = np.isnan(trace.value)
+    for axes, x in zip(trace.plot().axes, (trace.steps, trace.cost), strict=True):
+        label = f"not finite ({has_failed.sum()} of {len(x)})"
+        crosses = find_line(axes, label)
+        assert np.array_equal(crosses.get_xdata(), np.asarray(x)[has_failed])
+        pixels = crosses.get_transform().transform(points(crosses))
+        heights = axes.transAxes.inverted().transform(pixels)[:, 1]
+        assert ((heights > 0) & (heights < 0.1)).all()
+
+
+def dots(line) -> list[int]:
+    """Returns at which points of a line there is a dot."""
+    return line.get_markevery() if line.get_marker() == "o" else []
+
+
+def test_a_number_without_a_neighbor_is_a_dot():
+    """No line would show it."""
+    figure = run(num_steps=1, record_alphas=True).plot()
+    assert [dots(axes.lines[0]) for axes in figure.axes] == [[0]] * 3
+    assert all(dots(axes.lines[0]) == [] for axes in run().plot().axes)
+    value = np.array([np.nan, 1.0, np.nan, 2.0, 3.0, np.inf])
+    trace = dataclasses.replace(run(), value=value)
+    assert dots(trace.plot().axes[0].lines[0]) == [1]
+
+
 def test_a_failed_and_sparse_run_is_drawn_up_to_its_failure():
     """Steps count from the beginning of the first run."""
     estimator = ExactEstimator()
@@ -169,6 +202,19 @@ def test_the_trials_of_a_search_are_points_above_the_best_so_far():
     assert np.array_equal(trials[:, 1], trace.value)
     assert np.array_equal(lowest[:, 1], np.minimum.accumulate(trace.value))
     np.testing.assert_array_equal(best, trials[[trace.best_row]])
+
+
+def test_the_trials_of_a_search_with_two_losses_are_points():
+    outer = (TO_ONE.outer_loss, lambda w, a, b: (w - 0.2) ** 2)
+    trace = hg.search(
+        hg.Bilevel(TO_ONE.inner_loss, outer), hg.Newton(), hg.searchers.Sobol(), 0.0,
+        space=hg.spaces.Unit(), budget=60,
+    )  # fmt: skip
+    axes = trace.plot().axes[0]
+    for i in range(2):
+        line = find_line(axes, f"loss {i}")
+        assert (line.get_linestyle(), line.get_marker()) == ("None", "o")
+        assert np.array_equal(line.get_ydata(), trace.value[:, i])
 
 
 def test_a_front_joins_the_points_that_are_not_dominated():
