@@ -301,8 +301,8 @@ def _dots(values: np.ndarray) -> dict[str, Any]:
     """Returns the style of a line with a dot where no finite number is beside one."""
     is_finite = np.isfinite(values)
     before, after = np.pad(is_finite, (1, 0))[:-1], np.pad(is_finite, (0, 1))[1:]
-    is_alone = np.flatnonzero(is_finite & ~before & ~after)
-    return {"marker": "o", "ms": 3, "markevery": is_alone.tolist()}
+    is_alone = np.flatnonzero(is_finite & ~before & ~after).tolist()
+    return {"marker": "o", "ms": 3, "markevery": is_alone} if is_alone else {}
 
 
 def _plot_errors(
