@@ -189,7 +189,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, checkpoints: Checkpoints, fingerprint: RunFingerprint):
-        self.path, self.every = Path(checkpoints.folder), checkpoints.every
+        self.path, self.every = Path(checkpoints.folder).expanduser(), checkpoints.every
         self.fingerprint, self.is_writable = fingerprint, False
         self.has_failed, self.machines = False, []
         self.intact_steps: list[int] = []

@@ -255,9 +255,9 @@ def holds_nonfinite(tree: PyTree) -> bool:
 
 
 def format_numbers(x: Any) -> str:
-    """Returns a number with six digits, or a list of such numbers."""
+    """Returns a float with six digits or an integer with all, or a list of these."""
     numbers = np.ravel(to_printable_array(x)).tolist()
-    texts = [f"{number:.6g}" for number in numbers]
+    texts = [f"{x:d}" if isinstance(x, int) else f"{x:.6g}" for x in numbers]
     return f"[{', '.join(texts)}]" if np.ndim(x) else texts[0]
 
 

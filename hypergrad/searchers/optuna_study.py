@@ -94,7 +94,7 @@ def open_journal(
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    path = os.fspath(journal)
+    path = os.path.expanduser(journal)
     lock: Any = JournalLock(path)  # has the interface of optuna's lock
     name = f"space {_fingerprint_space(space)}, problem {problem}"
     try:

@@ -183,6 +183,17 @@ def test_the_rows_of_a_search_are_trials():
     assert re.search(r"lowest \S+ at trial \d+$", table["value"])
 
 
+@pytest.mark.parametrize("best", [1234567, -(2**31) + 1])
+def test_an_integer_is_printed_with_all_its_digits(best):
+    """With six of them it would be another one, which the space may not contain."""
+    problem = hg.Bilevel(TO_ONE.inner_loss, lambda w, a, b: (w - best) ** 2)
+    trace = hg.search(
+        problem, hg.Newton(), hg.searchers.Grid(1), 0.0,
+        space=hg.spaces.Choice([best, best + 1]), budget=30,
+    )  # fmt: skip
+    assert read_text(trace)["alpha"] == str(best)
+
+
 def test_a_continued_and_sparse_run_prints_the_numbers_of_its_steps():
     estimator = ExactEstimator()
     loop = hg.OuterLoop(TO_ONE, estimator, optax.sgd(0.1))

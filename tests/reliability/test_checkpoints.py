@@ -320,6 +320,14 @@ def test_estimators_of_the_library_can_be_resumed(name: str, tmp_path):
     assert_same_bits(run(checkpoints=checkpoints, **changes), run(**changes))
 
 
+def test_a_folder_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run(checkpoints=hg.Checkpoints("~/runs/first", 100))
+    assert steps_in(tmp_path / "runs" / "first") == [6]
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize("every", [1, 4, 100])
 def test_checkpoints_change_no_bit(every: int, tmp_path):
     """At multiples and at the end; two are kept; a finished run is not repeated."""

@@ -65,6 +65,13 @@ def test_searches_that_share_a_journal_propose_as_one(tmp_path):
     assert [len(state.values) for state in states] == [9, 7]
 
 
+def test_a_journal_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make_trial("~/tpe.log", seed=0)
+    assert list(map(len, read_studies(tmp_path / "tpe.log"))) == [1]
+
+
 def test_a_restarted_search_repeats_no_trial(tmp_path):
     """With the same key it finds other random trials, and other ones at a restart."""
     file, points = tmp_path / "tpe.log", []
