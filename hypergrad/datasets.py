@@ -77,7 +77,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     >>> hg.datasets.load("digits")["x"].shape
     (1797, 64)
     """
-    if name not in LOADERS:
+    if not (isinstance(name, str) and name in LOADERS):
         raise ValueError(f"name must be one of {', '.join(LOADERS)}; got {name!r}.")
     data_dir = data_dir or os.getenv(VARIABLE) or None
     return LOADERS[name](None if data_dir is None else Path(data_dir).expanduser())

@@ -127,6 +127,9 @@ def export_program(function: Callable, *args: PyTree) -> bytes:
 
     The program maps the list of the arrays in ``args``, with the key data of PRNG keys,
     to the list of the function's outputs.
+
+    Raises:
+      ValueError: The program calls functions on the host.
     """
     export = _import_export()
     arrays, static = eqx.partition(args, eqx.is_array)
@@ -139,7 +142,14 @@ def export_program(function: Callable, *args: PyTree) -> bytes:
     flat_args = [jax.random.key_data(x) if is_key(x) else x for x in leaves]
     # Shapes without a sharding, so that the program fits any device of its kind.
     shapes = jax.eval_shape(lambda flat_args: flat_args, flat_args)
-    return bytes(export.export(jax.jit(flat_function))(shapes).serialize())
+    try:
+        return bytes(export.export(jax.jit(flat_function))(shapes).serialize())
+    except NotImplementedError as error:
+        raise ValueError(
+            "the program of a trial cannot be sent to an executor, which runs it in "
+            f"other processes: {error}. If losses call functions on the host, as by "
+            "jax.debug.print or jax.pure_callback, use parallel=hg.Parallel(n, 'vmap')."
+        ) from error
 
 
 def _wrap_key_data(like: Any, x: Any) -> Any:

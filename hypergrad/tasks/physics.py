@@ -219,6 +219,12 @@ def burgers_data(
     select = lambda mask: {"x": grid[mask], "u": reference["u"][mask]}
     candidates = select(~is_test)
     num_sensors = sizes["num_sensors"] + sizes["num_held_out"]
+    if num_sensors > len(candidates["u"]):
+        raise ValueError(
+            "num_sensors + num_held_out must be at most the "
+            f"{len(candidates['u'])} points of the reference that are not for "
+            f"testing; got {num_sensors}."
+        )
     indices = jax.random.choice(
         keys[0], len(candidates["u"]), (num_sensors,), replace=False
     )

@@ -1,7 +1,7 @@
 """The description of a task, and checks of the arguments that describe one."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -80,7 +80,7 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     Raises:
       ValueError: ``value`` is not one of ``choices``.
     """
-    if value not in choices:
+    if not (isinstance(value, Hashable) and value in choices):
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 

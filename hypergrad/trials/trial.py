@@ -175,9 +175,9 @@ class Parallel:
           `concurrent.futures` whose ``mp_context`` is
           ``multiprocessing.get_context("spawn")``, or an executor of submitit. Its
           workers receive the compiled program of a trial and arrays, data included,
-          but no code, so losses may be lambdas. Workers need this package, the same
-          version of jax and the same kind of device. The trace equals the trace of
-          ``executor=None`` to the bit.
+          but no code, so losses may be lambdas, and must not call functions on the
+          host. Workers need this package, the same version of jax and the same kind of
+          device. The trace equals the trace of ``executor=None`` to the bit.
 
     Raises:
       TypeError: ``executor`` cannot run a trial.

@@ -269,6 +269,20 @@ def test_executor_needs_flatbuffers(threads, monkeypatch):
     assert len(search(parallel=hg.Parallel(4, "vmap")).value) == 12
 
 
+def test_a_loss_that_calls_the_host_is_no_program_for_an_executor(threads):
+    def inner(w, alpha, batch):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), float), w - w)
+
+    problem = hg.Bilevel(lambda w, alpha, batch: (w - alpha) ** 2, inner)
+    make = lambda **options: hg.search(
+        problem, hg.Newton(), hg.searchers.Sobol(), 0.0,
+        space=hg.spaces.Unit(), budget=20, **options,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"call functions on the host.*'vmap'"):
+        make(parallel=hg.Parallel(2, threads))
+    assert len(make().value) > 1
+
+
 # Arguments that are refused; `tests/reliability/test_fuzz.py` has further ones.
 
 

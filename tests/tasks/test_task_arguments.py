@@ -351,6 +351,8 @@ def test_an_unknown_scale_is_an_error(name: str):
         ("few_shot", {"variant": "imaml", "penalty": -5}, "penalty"),
         ("physics", {"noise": np.nan}, "noise"),
         ("physics", {"num_sensors": (3, 4)}, "num_sensors"),
+        ("physics", {"variant": "burgers", "num_sensors": 30_000}, "num_sensors"),
+        ("penalties", {"variant": ["svm"]}, "variant"),
         ("reinforcement", {"step_size": -1.0}, "step_size"),
         ("schedules", {"num_windows": 2.5}, "num_windows"),
         ("schedules", {"num_steps": 50.0}, "num_steps"),
