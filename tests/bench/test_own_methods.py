@@ -32,7 +32,19 @@ from hypergrad.bench import baselines, with_options
 
 mine = with_options(baselines.implicit, grid={{"learning_rate": {RATES}}})
 """
+#: For a table whose alpha holds initial values, of which neither loss is a function.
+UNROLLED = f"""
+import hypergrad as hg, optax
 
+def mine(task, *, budget, key, learning_rate):
+    estimator = hg.Unrolled(task.solver, warm_start=False)
+    return hg.minimize(
+        task.problem, estimator, optax.adam(learning_rate), task.w, task.alpha,
+        space=task.space, budget=budget, key=key,
+    )
+
+mine.grid = {{"learning_rate": {RATES}}}
+"""
 
 TABLES = [
     pytest.param(
@@ -44,15 +56,15 @@ TABLES = [
 
 @pytest.mark.usefixtures("single_precision")
 @pytest.mark.parametrize("file", TABLES)
-def test_implicit_hypergradients_are_tuned_and_measured(file: Path, tmp_path: Path):
+def test_hypergradients_are_tuned_and_measured(file: Path, tmp_path: Path):
     method_file = tmp_path / "mine.py"
-    method_file.write_text(METHOD)
+    method_file.write_text(UNROLLED if file.stem == "omniglot" else METHOD)
     ref = loading.TableRef(file, ((method_file, "mine"),), BUDGET)
-    options = RunOptions("small", 1, tmp_path, "", only=("mine",))
-    result = run_table(ref, options)
-    assert not result.failures
     table = ref.load()
     assert isinstance(table, Table)
+    options = RunOptions(table.scales[0], 1, tmp_path, "", only=("mine",))
+    result = run_table(ref, options)
+    assert not result.failures
     *tuning, row = result.rows
     scores = [score for trial in tuning for score in trial["selection"]]
     assert np.all(np.isfinite(np.array(scores, float)))
