@@ -14,6 +14,8 @@ from jaxtyping import PyTree
 from ..trees import to_numpy
 
 HASH = "sha256 "
+#: The option of JAX by which arrays that functions close over become arguments.
+CONSTANTS_OUTSIDE = "jax_use_simplified_jaxpr_constants"
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
@@ -40,7 +42,18 @@ def digest(tree: PyTree) -> str:
 
 
 def digest_program(lowered: Any) -> str:
-    """Returns the SHA-256 of a lowered program, with the constants that it contains."""
+    """Returns the SHA-256 of a lowered program, with the constants that it contains.
+
+    Raises:
+      ValueError: JAX is set to leave the constants out of the program, so that two
+        programs with different data would have one digest.
+    """
+    if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - only read
+        raise ValueError(
+            f"{CONSTANTS_OUTSIDE} must be False for checkpoints and for searches that "
+            "can be resumed, which compare programs with their constants. Unset "
+            f"{CONSTANTS_OUTSIDE.upper()}."
+        )
     return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
