@@ -91,6 +91,10 @@ REASONS = {
     "difference_error": (
         "the errors of the differences are not measured (use hg.certify)"
     ),
+    "unresolved_step": (
+        "rounding changes the step epsilon by more than a tenth (leave epsilon out, or "
+        "choose a larger one)"
+    ),
     "single_step": (
         "one step of a single-loop method does not solve the inner problem (use "
         "certify_every of hg.OuterLoop)"

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
@@ -15,7 +16,7 @@ from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
 from ..number_checks import boolean, check_positive_int, positive
 from ..problem import Bilevel, EstimateData
-from ..trees import add_scale, machine_eps, safe_norm
+from ..trees import add_scale, machine_eps, safe_norm, widen
 from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
@@ -25,6 +26,9 @@ from .inner_run import (
     next_state,
     unravel_derivatives,
 )
+
+#: Part of a step that rounding may change.
+MAX_STEP_ERROR = 0.1
 
 
 class FiniteDifference(eqx.Module):
@@ -41,7 +45,8 @@ class FiniteDifference(eqx.Module):
       solver: The inner solver.
       epsilon: Length of the step ``e b``; DARTS uses 0.01. Defaults to the cube root of
         the machine epsilon times ``max(1, ||w||)``. If dtypes are mixed, that of the
-        coarsest leaf of ``w`` and ``alpha`` counts.
+        coarsest leaf of ``w`` and ``alpha`` counts. A step that ``w`` does not resolve,
+        such as 0.01 in bfloat16, is flagged as ``unresolved_step``.
       step_size: The number ``s``.
       warm_start: Whether each inner solve starts where the previous one ended.
       adjoint_batch_size: Number of examples for the two gradients and the residual,
@@ -137,11 +142,12 @@ class FiniteDifference(eqx.Module):
             # J' b = [dL/dalpha(w + e b) - dL/dalpha(w - e b)] / (2 e), ||e b|| = length
             b_norm = safe_norm(b)
             e = length / jnp.where(b_norm == 0, 1.0, b_norm)
-            plus = alpha_grad_fn(add_scale(w, e, b))
-            minus = alpha_grad_fn(add_scale(w, -e, b))
-            return jax.tree.map(lambda x, y: (x - y) / (2 * e), plus, minus)
+            plus_w, minus_w = add_scale(w, e, b), add_scale(w, -e, b)
+            plus, minus = alpha_grad_fn(plus_w), alpha_grad_fn(minus_w)
+            difference = jax.tree.map(lambda x, y: (x - y) / (2 * e), plus, minus)
+            return difference, _step_error(plus_w, minus_w, 2 * e, b) / (2 * length)
 
-        cross = problem.for_each_loss(cross_difference)(b)
+        cross, step_error = problem.for_each_loss(cross_difference)(b)
         # h = dM/dalpha - s J' b
         hypergradient = add_scale(direct, -self.step_size, cross)
         fraction = fixed_batch_fraction(data.inner_data, self.adjoint_batch_size)
@@ -158,12 +164,24 @@ class FiniteDifference(eqx.Module):
             value,
             hypergradient,
             w,
-            flags={"biased": True} | lost_derivative_flags(problem, w, alpha),
+            flags={
+                "biased": True,
+                "unresolved_step": ~jnp.all(step_error <= MAX_STEP_ERROR),
+                **lost_derivative_flags(problem, w, alpha),
+            },
             inner_grad_norm=safe_norm(jax.grad(loss)(w, alpha, batch)),
             num_inner_steps=solver_stats["num_steps"],
             **costs,
         )
         return estimate, next_state(problem, state, w, self.warm_start)
+
+
+def _step_error(plus_w: PyTree, minus_w: PyTree, e: Array, b: PyTree) -> Array:
+    """Returns ``||w+ - w- - e b||``, by which rounding changes the step."""
+    # Otherwise the compiler may omit the rounding of a sum that is widened afterwards.
+    plus_w, minus_w = jax.lax.optimization_barrier((plus_w, minus_w))
+    step = optax.tree.sub(widen(plus_w), widen(minus_w))
+    return safe_norm(add_scale(step, -e, widen(b)))
 
 
 class CentralDifference(eqx.Module):
@@ -252,7 +270,11 @@ class CentralDifference(eqx.Module):
         value, w, solver_stats = run_fn(alpha)
         epsilons = self.epsilon
         if epsilons is None:
-            epsilons = _default_epsilons(alpha, (w, value))
+            values = [
+                jax.eval_shape(loss, w, alpha, outer_batch)
+                for loss in problem.outer_losses
+            ]
+            epsilons = _default_epsilons(alpha, (w, values))
         steps = epsilons * jnp.maximum(1.0, jnp.abs(flat_alpha))
         # A leaf may have a shorter dtype than flat_alpha.
         round_to_leaves = lambda flat: ravel_pytree(unravel(flat))[0]

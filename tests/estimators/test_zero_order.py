@@ -233,6 +233,51 @@ def test_finite_difference_is_a_difference_at_the_solution():
     assert estimate.stats["num_grads"] == pytest.approx(1 + 3 * 0.4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "unit", "epsilon", "is_resolved"),
+    [
+        ("float32", 1.0, 0.01, True),
+        ("float32", 1e6, 0.01, False),  # entries of w are rounded to 0.06
+        ("float32", 1e6, None, True),
+        ("bfloat16", 1.0, 0.01, False),
+        ("bfloat16", 1.0, None, True),
+        ("float16", 1.0, 0.01, False),
+    ],
+)
+def test_a_step_that_rounding_changes_is_flagged(dtype, unit, epsilon, is_resolved):
+    """Otherwise the indirect term, here all of the hypergradient, is about zero."""
+    target = unit * (1 + jax.random.normal(jax.random.key(0), (400,)))
+    target = target.astype(dtype)
+    problem = hg.Bilevel(
+        lambda w, alpha, t: 0.5 * jnp.sum((w - alpha * t) ** 2),
+        lambda w, alpha, t: 0.5 * jnp.mean((w / unit - 1) ** 2),
+        target,
+    )
+    estimator = hg.FiniteDifference(hg.Descent(optax.sgd(1.0), 1), epsilon)
+    w, alpha = jnp.zeros(400, dtype), jnp.asarray(2.0, dtype)
+    estimate = hg.hypergradient(problem, estimator)(w, alpha)
+    unresolved = set() if is_resolved else {"unresolved_step"}
+    assert failed_checks(estimate) == {"biased"} | unresolved
+    t = np.asarray(target, float) / unit
+    expected = np.mean(t * (2 * t - 1))
+    relative = abs(float(estimate.hypergradient) / expected - 1)
+    assert relative < 0.05 if is_resolved else relative > 0.05
+
+
+def test_the_coarsest_of_several_losses_decides_a_step():
+    """The values of all losses are stacked in the longest dtype."""
+    inner = lambda w, alpha, x: 0.5 * jnp.mean((w - alpha * x) ** 2)
+    loss = lambda w, alpha, x: 0.5 * jnp.mean((w - x) ** 2)
+    coarse = lambda *args: loss(*args).astype(jnp.float32)
+    x, estimator = jnp.array([1.0, 2.0, 4.0]), hg.CentralDifference(hg.Newton())
+    both, alone = (
+        hg.hypergradient(hg.Bilevel(inner, outer, x, x), estimator)(0.0, 2.0)
+        for outer in ((loss, coarse), coarse)
+    )
+    assert error(both.hypergradient[1], alone.hypergradient) < 1e-6
+    assert error(both.hypergradient, np.full(2, np.mean(x) ** 2)) < 1e-4
+
+
 def test_the_error_of_central_differences_is_second_order():
     """On a finite run the error against reverse mode falls as epsilon^2."""
     reference = get_reference("logistic per-weight")

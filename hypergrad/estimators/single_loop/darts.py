@@ -39,6 +39,8 @@ class DARTS(SingleLoop):
 
     In bfloat16 and float16, ``w + epsilon b`` would often round to ``w``. The inner
     loss is therefore evaluated with ``w+``, ``w-`` and ``alpha`` in float32 at least.
+    In float32 the same happens, unnoticed, where ``||w||`` is above 1e5: choose other
+    units for ``w``, or use float64.
 
     Args:
       optimizer: Optax transformation for ``w``.
