@@ -17,6 +17,7 @@ from ..trees import (
     divide,
     norm,
     power_of_two_scale,
+    ratio,
     scalar_dtype,
     scale,
     vdot,
@@ -220,7 +221,7 @@ class MomentumSteps:
         reference = reference_change(scaled_bar, self.init_w, final_w)
         num_bits = arithmetic.num_fraction_bits(self.dtype)
         unit = arithmetic.denominator(self.dtype) * 2.0**-num_bits
-        resolution = unit * norm(widen(scaled_bar)) / reference
+        resolution = ratio(unit * norm(widen(scaled_bar)), reference)
         carry = dataclasses.replace(
             carry,
             value=value,
@@ -245,8 +246,8 @@ class MomentumSteps:
         """
         # The starting point was rounded to a unit.
         variance = carry.rounding_variance + self._variance(carry, carry.w_bar) / 12
-        # NaN if nothing depends on w, or w is 0 in fixed point.
-        relative = lambda variance: 2 * jnp.sqrt(variance) / carry.reference
+        # 0 if M does not depend on w, and infinite if w is 0 in fixed point.
+        relative = lambda variance: ratio(2 * jnp.sqrt(variance), carry.reference)
         return relative(variance), relative(variance + carry.momentum_change**2)
 
     def _variance(

@@ -225,6 +225,17 @@ def test_unresolved_numbers_are_not_trusted(dtype, target):
     assert num_trusted < (2 - min_exponent) / 2
 
 
+def test_a_loss_without_w_has_an_exact_hypergradient():
+    inner = lambda w, alpha, batch: 0.5 * jnp.sum((w - alpha) ** 2)
+    problem = hg.Bilevel(inner, lambda w, alpha, batch: jnp.sum(alpha**3))
+    estimate = hg.hypergradient(problem, hg.Reversible(0.1, 0.5, 100))(
+        jnp.zeros(2), jnp.array([1.0, 2.0])
+    )
+    assert failed_checks(estimate) == set()
+    assert estimate.stats["error_estimate"] == 0
+    np.testing.assert_allclose(estimate.hypergradient, [3.0, 12.0])
+
+
 def test_numbers_that_leave_the_range_for_a_moment_are_flagged():
     """A displacement by a multiple of 2^9 would wrap around to the same float32."""
     problem = quadratic_problem(0.0)
