@@ -59,7 +59,8 @@ def argmin(
       inner_loss: ``(w, alpha, batch) -> scalar``; what it closes over may be traced.
       solver: Finds the minimum from ``w0``. Let it converge, because the rule holds
         only at a stationary point, be it a saddle; elsewhere the derivative is NaN. A
-        minimum with a singular ``H`` has a derivative if the system has a solution.
+        minimum with a singular ``H`` has a derivative if the system has a solution; in
+        reverse mode its right-hand side is the cotangent.
         The tolerance is ``eps^0.4`` of the dtype, for ``dL/dw`` and for the Newton step
         ``H^-1 dL/dw`` relative to ``|w| + |w - w0|``, in norms of all parameters: a
         parameter that is a thousand times larger than the others may hide that they

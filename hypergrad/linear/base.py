@@ -84,12 +84,23 @@ class SymmetricSolver(lx.AbstractLinearSolver):
         return 0.0
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]) -> Any:
-        """Returns the operator; raises ValueError unless it is tagged symmetric."""
+        """Returns the operator.
+
+        Raises:
+          ValueError: The operator is not tagged symmetric.
+          TypeError: It is complex.
+        """
         del options
         if not lx.is_symmetric(operator):
             raise ValueError(
                 f"operator must be symmetric for {type(self).__name__}. Tag it with "
                 "lineax.symmetric_tag or lineax.positive_semidefinite_tag."
+            )
+        dtypes = [x.dtype for x in jax.tree.leaves(operator.in_structure())]
+        if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+            raise TypeError(
+                f"operator must be real for {type(self).__name__}; got {dtypes}. Use a "
+                "solver of lineax, or solve for the real and the imaginary part."
             )
         return operator
 

@@ -37,8 +37,9 @@ class MINRES(SymmetricSolver):
     ``H`` is symmetric and may be indefinite, as at a saddle, or singular. Step k
     minimizes ``||b - H v||`` over the k-th Krylov space, so that it needs no more steps
     to a tolerance than `CG`. For a singular ``H`` with ``b`` in its range, the result
-    has the minimum norm; for any other ``b`` it is a least-squares solution, whose
-    residual exceeds the tolerance.
+    has the minimum norm. For any other ``b`` no residual meets the tolerance, which the
+    result reports; ``v`` is near a least-squares solution unless rounding errors, which
+    grow along the kernel of ``H``, are larger.
 
     After convergence, the true residual ``b - H v`` is computed. While it is above the
     tolerance and decreases, the method is restarted from ``v``, three times at most.

@@ -12,8 +12,13 @@ from jaxtyping import Array, Float, PyTree
 from ..method_summary import MethodSummary
 from ..number_checks import check_positive_int, non_negative
 from ..trees import scalar_dtype
+from ..validation import as_key
 from .base import MatVec, SymmetricSolver
 from .cg import conjugate_gradients
+
+
+def _to_key(key: Any) -> Array | None:
+    return None if key is None else as_key(key)
 
 
 def nystrom_approximation(
@@ -81,7 +86,7 @@ class Nystrom(SymmetricSolver):
 
     rank: int = eqx.field(static=True)
     damping: float | Array = eqx.field(default=1e-2, converter=non_negative("damping"))
-    key: Array | None = None
+    key: Array | None = eqx.field(default=None, converter=_to_key)
 
     citations = ("hataya2023", "frangella2023")
     summary = (
@@ -169,7 +174,7 @@ class NystromCG(SymmetricSolver):
     )
     max_steps: int | None = eqx.field(static=True, default=None)
     damping: float | Array = eqx.field(default=0.0, converter=non_negative("damping"))
-    key: Array | None = None
+    key: Array | None = eqx.field(default=None, converter=_to_key)
     refresh_every: int = eqx.field(static=True, default=1, kw_only=True)
 
     citations = ("frangella2023", "hestenes1952")

@@ -387,3 +387,12 @@ def test_the_step_size_of_a_series_is_found_at_any_scale_in_float32(power):
     )
     np.testing.assert_allclose(v, b / (factor * eigs), rtol=1e-3)
     assert stats["is_solved"]
+
+
+@pytest.mark.parametrize("name", ["CG", "MINRES"])
+def test_a_complex_system_is_refused(name):
+    operator = lx.MatrixLinearOperator(
+        jnp.array([[2.0, 1j], [1j, 3.0]]), lx.symmetric_tag
+    )
+    with pytest.raises(TypeError, match=f"operator must be real for {name}"):
+        lx.linear_solve(operator, jnp.array([1 + 1j, 2.0]), SOLVERS[name])

@@ -223,3 +223,12 @@ def test_refresh_every_must_be_positive_and_excludes_rtol():
     descent = hg.Descent(optax.sgd(0.1), 10)
     with pytest.raises(ValueError, match="rtol"):
         hg.Implicit(descent, hg.NystromCG(3, refresh_every=2), rtol=1e-2)
+
+
+@pytest.mark.parametrize("make", [hg.Nystrom, hg.NystromCG])
+def test_an_invalid_key_is_refused(make):
+    with pytest.raises(TypeError, match=r"key must be.*jax\.random\.key\(0\)"):
+        make(2, key=0)
+    with pytest.raises(ValueError, match="key must be a single PRNG key"):
+        make(2, key=jax.random.split(jax.random.key(0)))
+    jax.jit(jax.vmap(lambda key: make(2, key=key)))(jax.random.split(jax.random.key(0)))
