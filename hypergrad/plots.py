@@ -300,9 +300,11 @@ def _plot_values(axes: "Axes", trace: "Trace", x: np.ndarray, xlabel: str) -> No
 def _dots(values: np.ndarray) -> dict[str, Any]:
     """Returns the style of a line with a dot where no finite number is beside one."""
     is_finite = np.isfinite(values)
-    before, after = np.pad(is_finite, (1, 0))[:-1], np.pad(is_finite, (0, 1))[1:]
-    is_alone = np.flatnonzero(is_finite & ~before & ~after).tolist()
-    return {"marker": "o", "ms": 3, "markevery": is_alone} if is_alone else {}
+    prev_is_finite = np.pad(is_finite, (1, 0))[:-1]
+    next_is_finite = np.pad(is_finite, (0, 1))[1:]
+    is_alone = is_finite & ~prev_is_finite & ~next_is_finite
+    points = np.flatnonzero(is_alone).tolist()
+    return {"marker": "o", "ms": 3, "markevery": points} if points else {}
 
 
 def _plot_errors(
