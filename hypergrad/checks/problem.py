@@ -420,6 +420,7 @@ def _can_be_trusted(*args: PyTree) -> bool:
         estimate, _ = estimator.estimate(problem, state, alpha, key)
         # An estimate has this flag only if the check fails, whatever the inputs are.
         is_lost = "lost_derivative" in estimate.flags
-        return jnp.asarray(False) if is_lost else estimate.trusted
+        trusted = estimate.stats.get("trusted", estimate.trusted)
+        return jnp.asarray(False) if is_lost else trusted
 
     return any(used_inputs(is_trusted, arrays, KEY_SHAPE))

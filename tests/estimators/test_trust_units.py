@@ -164,6 +164,7 @@ NEVER_TRUSTED = (
     hg.FiniteDifference(SOLVER),
     hg.CentralDifference(SOLVER),
     hg.Penalty(SOLVER, 9.0),
+    hg.Penalty(hg.Newton(), 9.0),
     hg.Evolution(SOLVER, 0.1, 2),
     hg.PersistentEvolution(SOLVER, 0.1, 2, 2),
     # DARTS of first order refuses an outer loss that does not depend on alpha.
