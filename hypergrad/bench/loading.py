@@ -132,7 +132,7 @@ def _missing_file(path: Path) -> str:
     else:
         names = [file.name for file in table_files(path.parent)]
         close = difflib.get_close_matches(path.name, names)
-        content = f"its folder holds the tables {', '.join(names) or '(none)'}"
+        content = f"its folder holds {', '.join(names) or 'no table'}"
         if close:
             content = f"did you mean {' or '.join(close)}"
     return f"no file {path}: {content}, seen from {Path.cwd()}."
