@@ -33,7 +33,7 @@ get the weight 1, those with the lowest losses of a model of the validation imag
 is one hyperparameter. "random": random search over all 10,000 weights, uniform.
 "evolution": Adam along the estimates of `hg.Evolution` of the gradient of the exact
 accuracy, smoothed over u by 2 pairs of normal perturbations of scale 1, of which each
-trains from the last solution; more would leave less than six steps. All rows, also
+trains from the last solution; more pairs would leave few steps. All rows, also
 those with hypergradients, run until 1,000 gradient-equivalents are spent; the model of
 "share" counts as 100 of them.
 
