@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 import hypergrad as hg
 from benchmarks import ten_thousand
 from benchmarks.shared import imbalanced_mnist
+from hypergrad.runtime.compat import enable_x64
 
 NUM_FEATURES = 6
 NUM_IMAGES, NUM_SOURCE = 2100, 1800
@@ -137,7 +138,7 @@ def test_the_final_model_is_stationary():
 @pytest.mark.usefixtures("scaled_images")
 @pytest.mark.parametrize("metric", ["", *METRICS])
 def test_hypergradients_of_each_outer_loss_equal_central_differences(metric):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         task = imbalanced_mnist.make_task(jax.random.key(4), metric=metric)
         problem = jax.tree.map(
             lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x,
