@@ -20,6 +20,7 @@ from ..trees import (
     ratio,
     scalar_dtype,
     scale,
+    underflows,
     vdot,
     widen,
 )
@@ -222,9 +223,13 @@ class MomentumSteps:
         num_bits = arithmetic.num_fraction_bits(self.dtype)
         unit = arithmetic.denominator(self.dtype) * 2.0**-num_bits
         resolution = ratio(unit * norm(widen(scaled_bar)), reference)
+        # The error of a dM/dw that underflowed is not known.
+        rounding_variance = jnp.where(underflows(w_bar), jnp.inf, 0)
         carry = dataclasses.replace(
             carry,
             value=value,
+            rounding_variance=carry.rounding_variance
+            + rounding_variance.astype(carry.rounding_variance.dtype),
             outer_unit=outer_unit,
             reference=reference.astype(carry.reference.dtype),
             resolution=jnp.maximum(resolution, max_rounding(final_w)).astype(

@@ -403,3 +403,18 @@ def test_a_schedule_need_not_be_defined_before_the_first_step(decay):
     np.testing.assert_allclose(
         estimate.hypergradient, expected.hypergradient, rtol=1e-6
     )
+
+
+def test_an_outer_gradient_that_underflows_is_flagged_as_by_unrolled():
+    """In float16 ``dM/dw`` is 0 here, and with it the whole hypergradient."""
+    n = 4096
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.float16(n / 128) * jnp.mean((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.float16(1e-4) * jnp.mean(w**2),
+    )
+    w, alpha = jnp.full(n, 0.1, "float16"), jnp.ones((), "float16")
+    descent = hg.Descent(optax.sgd(0.1, momentum=0.5), 20)
+    for estimator in (hg.Reversible(0.1, 0.5, 20), hg.Unrolled(descent)):
+        estimate = hg.hypergradient(problem, estimator)(w, alpha)
+        assert estimate.hypergradient == 0
+        assert "rounding_error" in failed_checks(estimate)
