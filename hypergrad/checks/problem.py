@@ -8,12 +8,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..batches import full_batch, is_keyed, sample_batch
 from ..display.tables import describe_leaves
 from ..jaxprs.inspection import (
     alpha_has_gradient,
+    constant_outputs,
     leaf_names,
     unused_leaves,
     used_inputs,
@@ -414,13 +416,14 @@ def can_be_trusted(estimator: Any, problem: Bilevel, w: PyTree, alpha: PyTree) -
 def _can_be_trusted(*args: PyTree) -> bool:
     arrays, static = eqx.partition(args, eqx.is_array)
 
-    def is_trusted(arrays, key):
+    def flags_of_estimate(arrays, key):
         estimator, problem, w, alpha = eqx.combine(arrays, static)
         state = estimator.init(problem, w, alpha, key)
         estimate, _ = estimator.estimate(problem, state, alpha, key)
         # An estimate has this flag only if the check fails, whatever the inputs are.
         is_lost = "lost_derivative" in estimate.flags
-        trusted = estimate.stats.get("trusted", estimate.trusted)
-        return jnp.asarray(False) if is_lost else trusted
+        flags = estimate.flags or {"untrusted": ~estimate.trusted}
+        return flags | {"lost_derivative": jnp.asarray(is_lost)}
 
-    return any(used_inputs(is_trusted, arrays, KEY_SHAPE))
+    flags = constant_outputs(flags_of_estimate, arrays, KEY_SHAPE)
+    return not any(flag is not None and np.all(flag) for flag in flags)

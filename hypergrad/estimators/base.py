@@ -252,12 +252,9 @@ def make_estimate(
         ``~(statistic <= tolerance)``, so that it fails for NaN.
       stats: Some of `STATS`.
     """
-    is_never_trusted = any(flag is True for flag in flags.values())
     flags = {name: jnp.asarray(flag) for name, flag in flags.items()}
     estimate = Estimate(value, hypergradient, w, make_stats(**stats), flags)
-    trusted = estimate.trusted
-    # A constant in the jaxpr, by which `can_be_trusted` recognizes such an estimator.
-    estimate.stats["trusted"] = jnp.zeros_like(trusted) if is_never_trusted else trusted
+    estimate.stats["trusted"] = estimate.trusted
     return estimate
 
 

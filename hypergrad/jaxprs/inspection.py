@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend import core
 from jax.extend.core import Jaxpr, Literal  # pyright: ignore
 from jax.extend.source_info_util import summarize
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from ..products import Loss
+from ..validation import is_traced
 from .stopped_shifts import Stopped
 
 #: Operations whose result is a maximum, and those that compare.
@@ -59,6 +61,28 @@ def used_inputs(f: Callable[..., Any], *args: PyTree) -> Sequence[bool]:
     closed_jaxpr = jax.make_jaxpr(f)(*args)
     all_outputs = [True] * len(closed_jaxpr.jaxpr.outvars)
     return partial_eval.dce_jaxpr(closed_jaxpr.jaxpr, all_outputs)[1]
+
+
+def constant_outputs(f: Callable[..., Any], *args: PyTree) -> list[np.ndarray | None]:
+    """Returns the value of each output of ``f`` that no input reaches, or else None.
+
+    Args:
+      f: Function of pytrees of arrays.
+      args: Its arguments, or their shapes.
+    """
+    closed_jaxpr = jax.make_jaxpr(f)(*args)
+    jaxpr, consts = closed_jaxpr.jaxpr, closed_jaxpr.consts
+    num_outputs, values = len(jaxpr.outvars), []
+    for i in range(num_outputs):
+        only_i = [i == j for j in range(num_outputs)]
+        part, is_used = partial_eval.dce_jaxpr(jaxpr, only_i)
+        if any(is_used) or any(map(is_traced, consts)):
+            values.append(None)
+            continue
+        with jax.ensure_compile_time_eval():
+            (value,) = core.jaxpr_as_fun(core.ClosedJaxpr(part, consts))()  # pyright: ignore
+        values.append(np.asarray(value))
+    return values
 
 
 def unused_leaves(f: Callable[[PyTree], Any], alpha: PyTree) -> str:

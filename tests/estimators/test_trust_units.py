@@ -4,6 +4,7 @@ The problem has five parameters, so that the scaling of `Implicit` is exact. Des
 not invariant by itself: its learning rates are given in the units of ``w``.
 """
 
+import dataclasses
 import inspect
 
 import equinox as eqx
@@ -235,6 +236,31 @@ def test_statistics_of_other_estimators_do_not_judge(estimator):
     """The jaxpr shows that ``trusted`` is False whatever the inputs are."""
     problem = make_problem(ORIGINAL)
     assert not can_be_trusted(estimator, problem, jnp.ones(5), ALPHA)
+
+
+class Judged(eqx.Module):
+    """`FiniteDifference` with a flag of one's own in place of its flags."""
+
+    is_refused: bool | None = None
+
+    def init(self, *args):
+        return hg.FiniteDifference(hg.Newton()).init(*args)
+
+    def estimate(self, *args):
+        estimate, state = hg.FiniteDifference(hg.Newton()).estimate(*args)
+        flag = ~(estimate.stats["inner_grad_norm"] < 1e-3)
+        if self.is_refused is not None:
+            flag = jnp.asarray(self.is_refused)
+        return dataclasses.replace(estimate, flags={"far": flag}), state
+
+
+@pytest.mark.parametrize(
+    ("is_refused", "expected"), [(None, True), (False, True), (True, False)]
+)
+def test_an_estimator_is_recognized_by_its_flags(is_refused, expected):
+    """Whatever its statistics say: they may be those of another estimator."""
+    problem, estimator = make_problem(ORIGINAL), Judged(is_refused)
+    assert can_be_trusted(estimator, problem, jnp.ones(5), ALPHA) == expected
 
 
 def test_every_estimator_is_tested():
