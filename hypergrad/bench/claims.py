@@ -213,10 +213,14 @@ def _to_float(value: Any) -> float:
 def _rounding_of_differences(numbers: np.ndarray) -> float:
     """Returns up to what share of numbers their differences are rounding.
 
-    Four units in the last place of float32 if all numbers are of float32.
+    Four units in the last place of float32 if all numbers are of float32 and not all of
+    them integers, such as counts, which are exact.
     """
-    is_single = np.array_equal(numbers.astype(np.float32), numbers)
-    return 4 * float(np.finfo(np.float32).eps) if is_single else 1e-12
+    with np.errstate(over="ignore"):  # too large for float32
+        is_single = np.array_equal(numbers.astype(np.float32), numbers)
+    is_count = np.array_equal(np.round(numbers), numbers)
+    single_eps = float(np.finfo(np.float32).eps)
+    return 4 * single_eps if is_single and not is_count else 1e-12
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,18 @@ def test_seeds_with_one_difference_up_to_rounding_in_float32_do_not_vary(
     assert finding.outcome == outcome
 
 
+def test_counts_have_no_rounding():
+    """They are exact in float32; and numbers too large for it are those of float64."""
+    for large, gain in ((16_000_000, 1), (1e39, 1e30)):
+        rows = [
+            {"method": method, "seed": seed, "a": float(large + is_new * seed * gain)}
+            for method, is_new in (("old", False), ("new", True))
+            for seed in range(1, 6)
+        ]
+        (finding,) = evaluate_claims((Claim("new", "old", "a"),), rows)
+        assert finding.outcome == "supported", finding.text
+
+
 def test_a_text_is_no_number():
     rows = [row | {"accuracy": str(row["accuracy"])} for row in rows_with(0.05)]
     (finding,) = evaluate_claims((Claim("new", "old", "accuracy"),), rows)
