@@ -189,7 +189,9 @@ class CheckpointFolder:
     """
 
     def __init__(self, checkpoints: Checkpoints, fingerprint: RunFingerprint):
-        self.path, self.every = Path(checkpoints.folder).expanduser(), checkpoints.every
+        # `os.path` leaves a name such as "~run1" as it is if there is no such user.
+        self.path = Path(os.path.expanduser(checkpoints.folder))
+        self.every = checkpoints.every
         self.fingerprint, self.is_writable = fingerprint, False
         self.has_failed, self.machines = False, []
         self.intact_steps: list[int] = []

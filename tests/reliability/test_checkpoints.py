@@ -338,6 +338,9 @@ def test_a_folder_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
     run(checkpoints=hg.Checkpoints("~/runs/first", 100))
     assert steps_in(tmp_path / "runs" / "first") == [6]
     assert not (tmp_path / "~").exists()
+    name = "~no-such-user-of-this-machine"
+    run(checkpoints=hg.Checkpoints(name, 100))
+    assert steps_in(tmp_path / name) == [6]
 
 
 @pytest.mark.parametrize("every", [1, 4, 100])
