@@ -148,7 +148,8 @@ def export_program(function: Callable, *args: PyTree) -> bytes:
         raise ValueError(
             "the program of a trial cannot be sent to an executor, which runs it in "
             f"other processes: {error}. If losses call functions on the host, as by "
-            "jax.debug.print or jax.pure_callback, use parallel=hg.Parallel(n, 'vmap')."
+            "jax.debug.print or jax.pure_callback, run the search without parallel, or "
+            "with hg.Parallel(n, 'vmap') if each callback has a vmap_method."
         ) from error
 
 
