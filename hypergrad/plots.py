@@ -344,7 +344,7 @@ def _mark_untrusted(
                     "x",
                     color=RED,
                     ms=5,
-                    markevery=-(-count // MAX_CROSSES),
+                    markevery=-(-int(np.sum(mask)) // MAX_CROSSES),
                     label=label,
                     **options,
                 )

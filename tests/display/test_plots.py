@@ -94,7 +94,23 @@ def test_values_that_are_not_finite_are_marked_at_the_lower_edge():
         assert ((heights > 0) & (heights < 0.1)).all()
 
 
+def test_few_values_that_are_not_finite_among_many_untrusted_are_all_marked():
+    estimator = ExactEstimator(trusted=np.zeros(400, bool))
+    trace = run_loop(TO_ONE, estimator, optax.sgd(0.1), 0.0, 3.0, num_steps=400)
+    value = np.array(trace.value)
+    value[::50] = np.nan
+    lines = dataclasses.replace(trace, value=value).plot().axes[0].lines
+    crosses = {len(x.get_xdata()): x.get_markevery() for x in lines if is_cross(x)}
+    assert crosses == {392: 10, 8: 1}
+
+
+def is_cross(line) -> bool:
+    """Returns whether the points of a line are crosses."""
+    return line.get_marker() == "x"
+
+
 def dots(line) -> list[int]:
+    """Returns at which points of a line there is a dot."""
     """Returns at which points of a line there is a dot."""
     return line.get_markevery() if line.get_marker() == "o" else []
 
