@@ -1,7 +1,7 @@
 """The description of a task, and checks of the arguments that describe one."""
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -80,7 +80,11 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     Raises:
       ValueError: ``value`` is not one of ``choices``.
     """
-    if not (isinstance(value, Hashable) and value in choices):
+    try:
+        is_choice = value in choices
+    except (TypeError, ValueError):  # not hashable, or an array
+        is_choice = False
+    if not is_choice:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 

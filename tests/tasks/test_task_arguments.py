@@ -13,6 +13,7 @@ import pytest
 
 import hypergrad as hg
 from hypergrad.tasks import TASKS, classifier
+from hypergrad.tasks.task import check_choice
 
 DIGITS = hg.datasets.load("digits")
 IRIS = hg.datasets.load("iris")
@@ -499,3 +500,13 @@ def test_a_size_may_be_a_scalar_of_jax(name: str, size: str):
     )
     task = TASKS[name].make(key=jax.random.key(0), **{size: number})
     chex.assert_trees_all_equal(task.problem.outer_data, expected.problem.outer_data)
+
+
+@pytest.mark.parametrize(
+    "value", [["a"], ("a", ["b"]), np.arange(2)], ids=["list", "nested list", "array"]
+)
+def test_a_choice_that_cannot_be_looked_up_is_none_of_the_choices(value):
+    with pytest.raises(ValueError, match="variant must be one of 'a', 'b'"):
+        check_choice("variant", value, {"a": 1, "b": 2})
+    with pytest.raises(ValueError, match="variant must be one of 'a', 'b'"):
+        check_choice("variant", value, ("a", "b"))
