@@ -166,7 +166,7 @@ class FiniteDifference(eqx.Module):
             w,
             flags={
                 "biased": True,
-                "unresolved_step": ~jnp.all(step_error <= MAX_STEP_ERROR),
+                "unresolved_step": jnp.any(step_error > MAX_STEP_ERROR),
                 **lost_derivative_flags(problem, w, alpha),
             },
             inner_grad_norm=safe_norm(jax.grad(loss)(w, alpha, batch)),
