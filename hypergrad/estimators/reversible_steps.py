@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, PyTree
 
+from ..jaxprs.inspection import uses_w
 from ..problem import Bilevel
 from ..products import hvp_and_cross_vjp
 from ..trees import (
@@ -223,8 +224,11 @@ class MomentumSteps:
         num_bits = arithmetic.num_fraction_bits(self.dtype)
         unit = arithmetic.denominator(self.dtype) * 2.0**-num_bits
         resolution = ratio(unit * norm(widen(scaled_bar)), reference)
-        # The error of a dM/dw that underflowed is not known.
-        rounding_variance = jnp.where(underflows(w_bar), jnp.inf, 0)
+        # The error of a dM/dw that rounding may have made zero is not known.
+        point = final_w, self.alpha, self.outer_batch
+        depends_on_w = any(uses_w(loss, *point) for loss in self.problem.outer_losses)
+        is_lost = depends_on_w & (underflows(w_bar) | (reference == 0))
+        rounding_variance = jnp.where(is_lost, jnp.inf, 0)
         carry = dataclasses.replace(
             carry,
             value=value,
