@@ -44,7 +44,7 @@ SOLVER = hg.Descent(optax.sgd(0.2), 30)
 EXACT = {
     "Implicit": hg.Implicit(SOLVER),
     "Implicit, certified": hg.Implicit(SOLVER, certify=True),
-    "Implicit, Newton": hg.Implicit(hg.Newton(), hg.Neumann(30)),
+    "Implicit, Newton": hg.Implicit(hg.Newton(tolerance=1e-6), hg.Neumann(30)),
     "Implicit, LU of lineax": hg.Implicit(SOLVER, lineax.LU()),
     "Implicit, CG of lineax": hg.Implicit(SOLVER, lineax.CG(rtol=1e-8, atol=0)),
     "Unrolled": hg.Unrolled(SOLVER),
