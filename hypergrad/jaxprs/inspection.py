@@ -75,12 +75,12 @@ def constant_outputs(f: Callable[..., Any], *args: PyTree) -> list[np.ndarray | 
     num_outputs, values = len(jaxpr.outvars), []
     for i in range(num_outputs):
         only_i = [i == j for j in range(num_outputs)]
-        part, is_used = partial_eval.dce_jaxpr(jaxpr, only_i)
+        pruned_jaxpr, is_used = partial_eval.dce_jaxpr(jaxpr, only_i)
         if any(is_used) or any(map(is_traced, consts)):
             values.append(None)
             continue
         with jax.ensure_compile_time_eval():
-            (value,) = core.jaxpr_as_fun(core.ClosedJaxpr(part, consts))()  # pyright: ignore
+            (value,) = core.jaxpr_as_fun(core.ClosedJaxpr(pruned_jaxpr, consts))()  # pyright: ignore
         values.append(np.asarray(value))
     return values
 
