@@ -95,7 +95,7 @@ from hypergrad.bench import (
     baselines,
     select,
 )
-from hypergrad.tasks import classifier, cleaning
+from hypergrad.tasks import classifier
 from hypergrad.tasks.networks import softmax_regression
 from hypergrad.tasks.task import Task
 
@@ -111,7 +111,8 @@ from .shared.noisy_mnist import (
     train_on_kept,
 )
 from .shared.plots import make_panels
-from .shared.task_runs import minimize_task, search_task
+from .shared.share_search import search_share
+from .shared.task_runs import minimize_task
 
 BUDGET = 3000
 RATES = (0.03, 0.1, 0.3)
@@ -178,34 +179,14 @@ def learn_by(make_run: Callable[[Task], tuple[hg.Bilevel, hg.Estimator]]) -> Cal
     return method
 
 
-def loss_of_share(w: PyTree, share: Array, batch: PyTree) -> Array:
-    """Returns the inner loss of the share of the images that comes first."""
-    kept = (batch["place"] < share).astype(float)
-    return cleaning.train_loss(w, kept, batch)
-
-
 def random_search(task: Task, *, budget: float, key: Array) -> hg.Trace:
     """Samples the share of the images that a filter by their losses keeps."""
     train = task.splits["train"]
     training_key, key = jax.random.split(key)
     w = train_on_validation(task, training_key)
     losses = classifier.losses(softmax_regression, w, train)
-    place = jnp.argsort(jnp.argsort(losses)) / NUM_TRAIN
-    problem = hg.Bilevel(
-        loss_of_share,
-        cleaning.val_loss,
-        task.problem.inner_data | {"place": place},
-        task.problem.outer_data,
-    )
-    trace = search_task(
-        task, budget - NUM_EPOCHS, key,
-        problem=problem, solver=SOLVER, space=hg.spaces.Interval(0.0, 1.0),
-    )  # fmt: skip
-    kept = (place < trace.best_alpha).astype(float)
-    stats = dict(trace.stats)
-    for name in ("num_grads", "gradient_equivalents"):  # of the model of the filter
-        stats[name] = stats[name].at[0].add(NUM_EPOCHS)
-    return dataclasses.replace(trace, alpha=kept, best_alpha=kept, stats=stats)
+    task = dataclasses.replace(task, solver=SOLVER)
+    return search_share(task, losses, NUM_EPOCHS, budget=budget, key=key)
 
 
 ESTIMATORS = {

@@ -91,7 +91,7 @@ from hypergrad.bench import (
     select,
     with_options,
 )
-from hypergrad.tasks import classifier, cleaning
+from hypergrad.tasks import classifier
 from hypergrad.tasks.networks import softmax_regression
 from hypergrad.tasks.task import Task
 
@@ -106,6 +106,7 @@ from .shared.imbalanced_mnist import (
     train_model,
 )
 from .shared.plots import add_grid, make_panels
+from .shared.share_search import search_share
 from .shared.task_runs import implicit_by_cg, minimize_task, search_task
 
 BUDGET, FILTER_COST = 1000, 100
@@ -134,71 +135,40 @@ def at_temperature(problem: hg.Bilevel, factor: float) -> hg.Bilevel:
     )
 
 
-def learn(task: Task, estimator: hg.Estimator, rate: float, **options) -> hg.Trace:
-    """Returns the trace of Adam, for SOBA on batches of both losses."""
-    if estimator is SINGLE_LOOP:
-        task = dataclasses.replace(task, problem=minibatch_problem(task, BATCH))
-    return minimize_task(task, estimator, optax.adam(rate), **options)
-
-
 def learn_by(estimator: hg.Estimator, metric: str, is_exact: bool = False) -> Callable:
     """Returns the method that moves the weights along hypergradients."""
 
-    def method(task: Task, *, budget: float, key: Array, rate: float) -> hg.Trace:
-        return learn(task, estimator, rate, key=key, budget=budget)
-
-    def smooth_method(
-        task: Task, *, budget: float, key: Array, rate: float, temperature: float
+    def method(
+        task: Task,
+        *,
+        budget: float,
+        key: Array,
+        rate: float,
+        temperature: float | None = None,
     ) -> hg.Trace:
-        problem = at_temperature(task.problem, temperature)
+        problem = task.problem
+        if temperature is not None:
+            problem = at_temperature(problem, temperature)
+        if estimator is SINGLE_LOOP:
+            problem = minibatch_problem(problem, BATCH)
         task = dataclasses.replace(task, problem=problem)
-        return learn(task, estimator, rate, key=key, budget=budget)
+        return minimize_task(task, estimator, optax.adam(rate), key, budget=budget)
 
+    grid = {"rate": RATES}
+    if metric and not is_exact:
+        grid["temperature"] = TEMPERATURES
     settings = {"metric": metric, "is_exact": is_exact}
-    if not metric or is_exact:
-        return with_options(method, grid={"rate": RATES}, task_settings=settings)
-    grid = {"rate": RATES, "temperature": TEMPERATURES}
-    return with_options(smooth_method, grid=grid, task_settings=settings)
+    return with_options(method, grid=grid, task_settings=settings)
 
 
 # Rows without.
 
 
-def examples_in_use(task: Task, with_train: bool) -> PyTree:
-    """Returns the validation images, after the training images if these are wanted."""
+def search_kept_share(task: Task, *, budget: float, key: Array) -> hg.Trace:
+    """Samples the share of the images that a model of the validation images keeps."""
     train, val = task.splits["train"], task.splits["val"]
-    if not with_train:
-        return val
-    return {name: jnp.concatenate([train[name], val[name]]) for name in ("x", "y")}
-
-
-def loss_of_share(w: PyTree, share: Array, batch: PyTree) -> Array:
-    """Returns the inner loss of the share of the images that comes first."""
-    kept = (batch["place"] < share).astype(float)
-    return cleaning.train_loss(w, kept, batch)
-
-
-def search_share(task: Task, *, budget: float, key: Array) -> hg.Trace:
-    """Samples the share of the images that a filter by their losses keeps."""
-    train = task.splits["train"]
-    w = train_model(task.splits["val"]["use"], task.splits["val"])
-    losses = classifier.losses(softmax_regression, w, train)
-    place = jnp.argsort(jnp.argsort(losses)) / NUM_TRAIN
-    problem = hg.Bilevel(
-        loss_of_share,
-        task.problem.outer_loss,
-        task.problem.inner_data | {"place": place},
-        task.problem.outer_data,
-    )
-    trace = search_task(
-        task, budget - FILTER_COST, key,
-        problem=problem, space=hg.spaces.Interval(0.0, 1.0),
-    )  # fmt: skip
-    kept = (place < trace.best_alpha).astype(float)
-    stats = dict(trace.stats)
-    for name in ("num_grads", "gradient_equivalents"):  # of the model of the filter
-        stats[name] = stats[name].at[0].add(FILTER_COST)
-    return dataclasses.replace(trace, alpha=kept, best_alpha=kept, stats=stats)
+    losses = classifier.losses(softmax_regression, train_model(val["use"], val), train)
+    return search_share(task, losses, FILTER_COST, budget=budget, key=key)
 
 
 def search_weights(task: Task, *, budget: float, key: Array) -> hg.Trace:
@@ -234,10 +204,15 @@ def train_with_validation(choose: Callable[[Task], Array] | None) -> Callable:
 
     def method(task: Task, *, budget: float, key: Array) -> hg.Trace:
         del budget
-        weights = task.splits["val"]["use"]
+        train, examples = task.splits["train"], task.splits["val"]
+        weights = examples["use"]
         if choose is not None:
             weights = jnp.concatenate([choose(task).astype(float), weights])
-        w = train_model(weights, examples_in_use(task, choose is not None))
+            examples = {
+                name: jnp.concatenate([train[name], examples[name]])
+                for name in ("x", "y")
+            }
+        w = train_model(weights, examples)
         return baselines.trace_of_point(task, w, task.alpha, key)
 
     return baselines.keeps_w(method)
@@ -260,7 +235,7 @@ METHODS = {
         for name, estimator in (("implicit", IMPLICIT), ("SOBA", SINGLE_LOOP))
         for metric, loss in OUTER_LOSSES.items()
     },
-    **{f"share, {metric}": for_metric(search_share, metric) for metric in METRICS},
+    **{f"share, {metric}": for_metric(search_kept_share, metric) for metric in METRICS},
     **{f"random, {metric}": for_metric(search_weights, metric) for metric in METRICS},
     EXACT_EVOLUTION: learn_by(EVOLUTION, "accuracy", is_exact=True),
     "right labels": keep_by(lambda task: ~task.splits["train"]["wrong"]),

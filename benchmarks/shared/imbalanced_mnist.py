@@ -217,9 +217,8 @@ def retrain(task: Task, alpha: Array, key: Array) -> PyTree:
     return train_model(alpha, task.splits["train"])
 
 
-def minibatch_problem(task: Task, batch_size: int) -> hg.Bilevel:
+def minibatch_problem(problem: hg.Bilevel, batch_size: int) -> hg.Bilevel:
     """Returns the problem with random batches of training and validation images."""
-    problem = task.problem
     train = problem.inner_data | {"index": jnp.arange(NUM_TRAIN)}
     val = problem.outer_data
     outer_loss = problem.outer_loss

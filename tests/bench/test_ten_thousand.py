@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 import hypergrad as hg
 from benchmarks import ten_thousand
-from benchmarks.shared import imbalanced_mnist
+from benchmarks.shared import imbalanced_mnist, share_search
 from hypergrad.runtime.compat import enable_x64
 
 NUM_FEATURES = 6
@@ -29,7 +29,6 @@ def images(monkeypatch):
     for name, size in SIZES.items():
         monkeypatch.setattr(imbalanced_mnist, name, size)
     monkeypatch.setattr(imbalanced_mnist, "NUM_FEATURES", NUM_FEATURES)
-    monkeypatch.setattr(ten_thousand, "NUM_TRAIN", SIZES["NUM_TRAIN"])
     return data
 
 
@@ -188,7 +187,7 @@ def test_share_keeps_the_images_with_the_lowest_losses():
         jax.random.key(4), metric="accuracy", is_exact=True
     )
     key = jax.random.key(8)
-    trace = ten_thousand.search_share(task, budget=400.0, key=key)
+    trace = ten_thousand.search_kept_share(task, budget=400.0, key=key)
     kept = np.asarray(trace.alpha) > 0
     val = task.splits["val"]
     w = imbalanced_mnist.train_model(val["use"], val)
@@ -200,3 +199,15 @@ def test_share_keeps_the_images_with_the_lowest_losses():
     cost = np.asarray(trace.stats["gradient_equivalents"])
     assert cost[0] >= ten_thousand.FILTER_COST
     assert cost[:-1].sum() <= 400.0
+
+
+def test_the_loss_of_a_share_is_that_of_the_examples_that_come_first():
+    rng, w = np.random.default_rng(9), random_model()
+    x, y = rng.normal(size=(10, NUM_FEATURES)), rng.integers(0, 10, 10)
+    place = rng.permutation(10) / 10
+    batch = {"x": x, "y": y, "penalty": 0.5, "place": place}
+    loss = share_search.loss_of_share(w, 0.3, jax.tree.map(jnp.asarray, batch))
+    scores = x @ np.asarray(w["W"], float) + np.asarray(w["b"], float)
+    losses = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(10), y]
+    expected = losses[place < 0.3].sum() / 10 + 0.5 * np.sum(np.square(w["W"]))
+    assert loss == pytest.approx(float(expected), rel=1e-5)
