@@ -16,7 +16,7 @@ from ..inner.base import InnerSolver
 from ..method_summary import MethodSummary
 from ..number_checks import boolean, check_positive_int, positive
 from ..problem import Bilevel, EstimateData
-from ..trees import add_scale, machine_eps, safe_norm, widen
+from ..trees import add_scale, all_finite, machine_eps, safe_norm, widen
 from .base import Estimate, make_estimate
 from .inner_run import (
     InnerRunState,
@@ -166,7 +166,9 @@ class FiniteDifference(eqx.Module):
             w,
             flags={
                 "biased": True,
-                "unresolved_step": jnp.any(step_error > MAX_STEP_ERROR),
+                # Numbers that are not finite have a reason of their own.
+                "unresolved_step": all_finite(w, b)
+                & ~jnp.all(step_error <= MAX_STEP_ERROR),
                 **lost_derivative_flags(problem, w, alpha),
             },
             inner_grad_norm=safe_norm(jax.grad(loss)(w, alpha, batch)),

@@ -264,6 +264,17 @@ def test_a_step_that_rounding_changes_is_flagged(dtype, unit, epsilon, is_resolv
     assert relative < 0.05 if is_resolved else relative > 0.05
 
 
+def test_a_run_that_diverged_says_nothing_about_the_step():
+    """Its numbers are not finite, which is the reason to look at."""
+    problem = hg.Bilevel(
+        lambda w, alpha, batch: jnp.sum((w - alpha) ** 2),
+        lambda w, alpha, batch: jnp.sum(w**2),
+    )
+    solver = hg.Descent(optax.sgd(1e30), 20)
+    estimate = hg.hypergradient(problem, hg.FiniteDifference(solver))(1.0, 2.0)
+    assert failed_checks(estimate) == {"biased", "not_finite"}
+
+
 def test_the_coarsest_of_several_losses_decides_a_step():
     """The values of all losses are stacked in the longest dtype."""
     inner = lambda w, alpha, x: 0.5 * jnp.mean((w - alpha * x) ** 2)
