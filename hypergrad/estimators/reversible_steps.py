@@ -228,12 +228,11 @@ class MomentumSteps:
         point = final_w, self.alpha, self.outer_batch
         depends_on_w = any(uses_w(loss, *point) for loss in self.problem.outer_losses)
         is_lost = depends_on_w & (underflows(w_bar) | (reference == 0))
-        rounding_variance = jnp.where(is_lost, jnp.inf, 0)
+        variance = jnp.where(is_lost, jnp.inf, carry.rounding_variance)
         carry = dataclasses.replace(
             carry,
             value=value,
-            rounding_variance=carry.rounding_variance
-            + rounding_variance.astype(carry.rounding_variance.dtype),
+            rounding_variance=variance,
             outer_unit=outer_unit,
             reference=reference.astype(carry.reference.dtype),
             resolution=jnp.maximum(resolution, max_rounding(final_w)).astype(

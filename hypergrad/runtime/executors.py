@@ -144,6 +144,7 @@ def export_program(function: Callable, *args: PyTree) -> bytes:
     shapes = jax.eval_shape(lambda flat_args: flat_args, flat_args)
     try:
         return bytes(export.export(jax.jit(flat_function))(shapes).serialize())
+    # JAX has this type for a program with functions on the host.
     except NotImplementedError as error:
         raise ValueError(
             "the program of a trial cannot be sent to an executor, which runs it in "

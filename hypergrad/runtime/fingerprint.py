@@ -48,7 +48,7 @@ def digest_program(lowered: Any) -> str:
       ValueError: JAX is set to leave the constants out of the program, so that two
         programs with different data would have one digest.
     """
-    if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - only read
+    if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - it is only read
         raise ValueError(
             f"{CONSTANTS_OUTSIDE} must be False for checkpoints and for searches that "
             "can be resumed, which compare programs with their constants. Unset "

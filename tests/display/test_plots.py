@@ -111,7 +111,6 @@ def is_cross(line) -> bool:
 
 def dots(line) -> list[int]:
     """Returns at which points of a line there is a dot."""
-    """Returns at which points of a line there is a dot."""
     return line.get_markevery() if line.get_marker() == "o" else []
 
 

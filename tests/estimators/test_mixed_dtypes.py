@@ -41,10 +41,13 @@ def outer_loss(w, alpha, batch):
 
 PROBLEM = hg.Bilevel(inner_loss, outer_loss, *map(regression_data, KEYS))
 SOLVER = hg.Descent(optax.sgd(0.2), 30)
+#: The default tolerance is that of the coarsest leaf, at which the leaves in float64
+#: would be compared with a solution in float64 that went further.
+NEWTON = hg.Newton(tolerance=1e-6)
 EXACT = {
     "Implicit": hg.Implicit(SOLVER),
     "Implicit, certified": hg.Implicit(SOLVER, certify=True),
-    "Implicit, Newton": hg.Implicit(hg.Newton(tolerance=1e-6), hg.Neumann(30)),
+    "Implicit, Newton": hg.Implicit(NEWTON, hg.Neumann(30)),
     "Implicit, LU of lineax": hg.Implicit(SOLVER, lineax.LU()),
     "Implicit, CG of lineax": hg.Implicit(SOLVER, lineax.CG(rtol=1e-8, atol=0)),
     "Unrolled": hg.Unrolled(SOLVER),
