@@ -214,9 +214,12 @@ def test_units_change_neither_flags_nor_statistics(name):
     assert is_trusted[0] == (name not in NOT_ACCURATE)
     names = [*STATISTICS, "hypergradient"]
     names += ["adjoint_residual"] * (name in RESIDUAL_DECIDES)
-    names += ["num_hvps"] * (name == "Implicit")
     for change in COORDINATES.get(name, CHANGED):
         flags, statistics = run(CHANGED[change])
+        if name == "Implicit":
+            # At the minimum itself the gradient is the rounding error of the program.
+            num_hvps, expected = statistics["num_hvps"], expected_statistics["num_hvps"]
+            np.testing.assert_array_equal(num_hvps[1:], expected[1:], change)
         for flag in expected_flags:
             np.testing.assert_array_equal(flags[flag], expected_flags[flag], flag)
         for statistic in names:
