@@ -92,8 +92,8 @@ REASONS = {
         "the errors of the differences are not measured (use hg.certify)"
     ),
     "unresolved_step": (
-        "rounding changes the step epsilon by more than a tenth (leave epsilon out, or "
-        "choose a larger one)"
+        "rounding changes the step epsilon by more than a tenth (choose a larger "
+        "epsilon or other units for w, or use a higher precision)"
     ),
     "single_step": (
         "one step of a single-loop method does not solve the inner problem (use "

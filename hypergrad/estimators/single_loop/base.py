@@ -59,6 +59,7 @@ class Step(eqx.Module):
       b: ``dM/dw``, to which ``residual`` is relative.
       num_inner_steps: Number of steps of ``w``.
       standard_error: Relative standard error of a direction that is a mean of samples.
+      flags: Further reasons not to trust the direction, as in `Estimate.flags`.
     """
 
     value: Array
@@ -70,6 +71,7 @@ class Step(eqx.Module):
     b: PyTree = None
     num_inner_steps: Array | int = 1
     standard_error: Array | float = jnp.nan
+    flags: dict[str, Array] = eqx.field(default_factory=dict)
 
 
 class SingleLoop(eqx.Module):
@@ -252,7 +254,7 @@ class SingleLoop(eqx.Module):
             step.value,
             step.direction,
             step.w,
-            {"single_step": True},  # never trusted
+            {"single_step": True, **step.flags},  # never trusted
             inner_grad_norm=norm(step.inner_grad),
             num_inner_steps=step.num_inner_steps,
             standard_error=step.standard_error,

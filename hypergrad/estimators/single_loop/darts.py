@@ -17,8 +17,9 @@ from ...method_summary import MethodSummary
 from ...number_checks import positive
 from ...problem import Bilevel, EstimateData
 from ...runtime.all_cores import loss_on_all_cores
-from ...trees import add_scale, safe_norm, scale, widen
+from ...trees import add_scale, all_finite, safe_norm, scale, widen
 from ...validation import raise_with_context
+from ..finite_difference import is_step_rounded
 from .base import SingleLoop, SingleLoopState, Step, batch_fractions
 
 
@@ -28,24 +29,25 @@ class DARTS(SingleLoop):
     An outer step first makes one step of ``w``. The second-order direction for
     ``alpha`` differentiates ``M(w', alpha)`` with ``w' = w - step_size dL/dw``,
 
-        dM/dalpha - step_size (dL/dalpha(w+) - dL/dalpha(w-)) / (2 epsilon),
+        dM/dalpha - step_size (dL/dalpha(w+) - dL/dalpha(w-)) / (2 e),
 
-    where ``w+`` and ``w-`` are ``w + epsilon b`` and ``w - epsilon b``,
-    ``b = dM/dw(w')`` and ``epsilon = 0.01 / ||b||``. The first-order direction is
+    where ``w+`` and ``w-`` are ``w + e b`` and ``w - e b``, ``b = dM/dw(w')`` and
+    ``e = epsilon / ||b||``. The first-order direction is
     ``dM/dalpha`` at ``w``, without an indirect term. In the first outer step ``w`` does
     not move (``stats["num_inner_steps"]`` is 0), because ``alpha`` moves first. The
     ``value`` of a second-order step is that of the virtual ``w'``, and not of ``w``;
     ``inner_grad_norm`` is that before the step of ``w``.
 
-    In bfloat16 and float16, ``w + epsilon b`` would often round to ``w``. The inner
-    loss is therefore evaluated with ``w+``, ``w-`` and ``alpha`` in float32 at least.
-    In float32 the same happens, unnoticed, where ``||w||`` is above 1e5: choose other
-    units for ``w``, or use float64.
+    In bfloat16 and float16, ``w + e b`` would often round to ``w``. The inner loss is
+    therefore evaluated with ``w+``, ``w-`` and ``alpha`` in float32 at least. Where the
+    same happens in float32, as it does where ``||w||`` is above 1e5, the estimate has
+    the flag ``unresolved_step``.
 
     Args:
       optimizer: Optax transformation for ``w``.
       step_size: Size of the virtual step; the paper uses the rate of ``w``. Defaults to
         None, the first-order direction.
+      epsilon: Length of the step ``e b``. Defaults to 0.01, as in the paper.
 
     Cost: second order, four gradients and one outer gradient; first order, one and one;
       each on one batch.
@@ -74,6 +76,9 @@ class DARTS(SingleLoop):
 
     step_size: Array | float | None = eqx.field(
         default=None, converter=positive("step_size", optional=True)
+    )
+    epsilon: Array | float = eqx.field(
+        default=0.01, kw_only=True, converter=positive("epsilon")
     )
 
     citations = ("liu2019",)
@@ -131,25 +136,27 @@ class DARTS(SingleLoop):
         if self.step_size is None:
             # dM/dalpha
             value, _, direction = problem.outer_value_and_grads(w, alpha, outer_batch)
-            num_grads = 1
+            num_grads, flags = 1, {}
         else:
             # w' = w - step_size dL/dw
             virtual_w = add_scale(w, -self.step_size, inner_grads(w, alpha, batch)[0])
             value, b, direct = problem.outer_value_and_grads(
                 virtual_w, alpha, outer_batch
             )
-            # (dL/dalpha(w + epsilon b) - dL/dalpha(w - epsilon b)) / (2 epsilon)
+            # (dL/dalpha(w + e b) - dL/dalpha(w - e b)) / (2 e), ||e b|| = epsilon
             b_norm = safe_norm(b)
-            epsilon = 0.01 / jnp.where(b_norm > 0, b_norm, 1)
+            e = self.epsilon / jnp.where(b_norm > 0, b_norm, 1)
             wide_w, wide_alpha = widen((w, alpha))
+            plus_w, minus_w = (add_scale(wide_w, sign * e, b) for sign in (1, -1))
             plus, minus = (
-                inner_grads(add_scale(wide_w, sign * epsilon, b), wide_alpha, batch)[1]
-                for sign in (1, -1)
+                inner_grads(w, wide_alpha, batch)[1] for w in (plus_w, minus_w)
             )
-            difference = scale(0.5 / epsilon, optax.tree.sub(plus, minus))
+            difference = scale(0.5 / e, optax.tree.sub(plus, minus))
             # dM/dalpha - step_size J' b
             direction = add_scale(direct, -self.step_size, difference)
             num_grads = 4
+            is_rounded = is_step_rounded(plus_w, minus_w, 2 * e, b)
+            flags = {"unresolved_step": all_finite(w, b) & is_rounded}
 
         inner_fraction, outer_fraction = batch_fractions(data)
         counts = {
@@ -158,7 +165,13 @@ class DARTS(SingleLoop):
         }
         num_inner_steps = jnp.where(has_alpha_moved, 1, 0)
         step = Step(
-            value, direction, w, inner_grad, counts, num_inner_steps=num_inner_steps
+            value,
+            direction,
+            w,
+            inner_grad,
+            counts,
+            num_inner_steps=num_inner_steps,
+            flags=flags,
         )
         return step, state
 

@@ -23,6 +23,7 @@ from hypergrad.estimators.single_loop import (
 from hypergrad.estimators.single_loop.inner_loops import StochasticNeumann
 from hypergrad.products import hvp_and_cross_vjp
 from hypergrad.testing import RepeatedSteps
+from tests.estimator_cases import failed_checks
 from tests.estimators.single_loop.problems import (
     ALPHA,
     FULL,
@@ -319,6 +320,29 @@ def test_darts_in_half_precision_refuses_a_loss_that_takes_no_float32():
         darts.init(problem, w, jnp.ones(()))
 
 
+@pytest.mark.parametrize(
+    ("unit", "epsilon", "is_resolved"),
+    [(1.0, 0.01, True), (1e6, 0.01, False), (1e6, 1e4, True)],
+)
+def test_a_step_of_darts_that_rounding_changes_is_flagged(unit, epsilon, is_resolved):
+    """At 1e6 the entries of ``w`` are rounded to 0.06, and ``J' b`` is about zero."""
+    target = np.random.default_rng(0).normal(1, 0.3, 400)
+    inner = lambda w, alpha, t: 0.5 * jnp.mean((w - alpha * t) ** 2)
+    outer = lambda w, alpha, t: 0.5 * jnp.mean((w / unit - 1) ** 2)
+    problem = hg.Bilevel(inner, outer, unit * jnp.asarray(target, "float32"))
+    darts = hg.DARTS(SGD, step_size=1.0, epsilon=epsilon)
+    w, alpha = jnp.full(400, unit, "float32"), jnp.asarray(2.0, "float32")
+    state = darts.init(problem, w, alpha)
+    estimate, _ = darts.estimate(problem, state, alpha, jax.random.key(0))
+    # With t in units of w: w' = w - dL/dw, b = (w' - 1) / n, and -J' b = t'b / n.
+    virtual_w = 1 - (1 - 2 * target) / 400
+    expected = target @ (virtual_w - 1) / 400**2
+    relative = abs(float(estimate.hypergradient) / expected - 1)
+    assert relative < 0.05 if is_resolved else relative > 0.05
+    unresolved = set() if is_resolved else {"unresolved_step"}
+    assert failed_checks(estimate) == {"single_step"} | unresolved
+
+
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_no_gradient_of_bome_is_evaluated_twice(num_steps: int):
     """The first of m gradients of the descent is that at ``w``."""
@@ -506,6 +530,7 @@ INVALID = {
     "momentum": [-0.1, 1.0, np.nan, "0"],
     "penalty": [0.0, -1, "large"],
     "sigma": [0.0, jnp.array(-1.0), None],
+    "epsilon": [0.0, -0.01, None],
     "eta": [0.0, -0.5, 1.5, "half"],
 }
 INT_ARGUMENTS = (
