@@ -93,11 +93,12 @@ def test_the_code_of_the_page_runs_in_order(capsys):
     assert float(error_estimate) < 1e-2
     assert float(difference) < 1e-2
     costs, errors = np.array([row.split()[1:] for row in rows[:9]], float).T
-    stated = [249, 324, 1152, 495, 803, 1298, 1349, 1618, 2032]
+    stated = [240, 340, 1160, 570, 840, 1330, 1320, 1600, 2200]
     # Rounding decides on the last steps, and whether the eighth error is confirmed.
     ratios = costs / stated
-    assert 0.4 < ratios[7] < 1.25
-    np.testing.assert_allclose(np.delete(ratios, 7), 1, rtol=0.25)
+    assert 0.4 < ratios[7] < 4 / 3
+    np.testing.assert_allclose(np.delete(ratios, 7), 1, rtol=1 / 3)
+    assert (errors[[0, 2, 3, 6]] < [1e-5, 1e-5, 1e-4, 1e-3]).all()
     newton, lbfgs, descent = errors.reshape(3, 3).T
     assert (newton < lbfgs).all()
     assert (lbfgs < descent)[1:].all()
