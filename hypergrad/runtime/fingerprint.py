@@ -50,9 +50,9 @@ def digest_program(lowered: Any) -> str:
     """
     if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - it is only read
         raise ValueError(
-            f"{CONSTANTS_OUTSIDE} must be False for checkpoints and for searches that "
-            "can be resumed, which compare programs with their constants. Unset "
-            f"{CONSTANTS_OUTSIDE.upper()}."
+            f"{CONSTANTS_OUTSIDE} must be False for checkpoints, saved models and "
+            "searches that can be resumed, which compare programs with their "
+            f"constants. Unset {CONSTANTS_OUTSIDE.upper()}."
         )
     return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
 

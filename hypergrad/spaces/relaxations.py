@@ -105,6 +105,9 @@ def score_function(
     Returns:
       A scalar.
 
+    Raises:
+      ValueError: ``loss`` does not return a scalar.
+
     Bias: none of the value, nor of any derivative by ``logits`` or by what ``loss``
     closes over. The variance falls with a good baseline.
 
@@ -118,10 +121,15 @@ def score_function(
     True
     """
     x = _one_hot_sample(logits, key)
+    value = loss(x)
+    if shape := jnp.shape(value):
+        raise ValueError(
+            f"loss must return a scalar, such as a mean over rows; got shape {shape}."
+        )
     log_p = jnp.sum(jnp.where(x > 0, jax.nn.log_softmax(logits, axis=-1), 0))
     # The "magic box" of Foerster et al.: 1, with the derivatives of a likelihood ratio.
     magic_box = jnp.exp(log_p - jax.lax.stop_gradient(log_p))
-    return (loss(x) - baseline) * magic_box + baseline
+    return (value - baseline) * magic_box + baseline
 
 
 def _as_float32_at_least(logits: Array) -> Array:

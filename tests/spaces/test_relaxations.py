@@ -57,6 +57,12 @@ def test_the_score_function_accepts_a_value_that_is_never_chosen():
         np.testing.assert_allclose(gradient, value * (one_hot - p), rtol=1e-12)
 
 
+def test_the_score_function_refuses_a_value_for_each_row():
+    """The probability of all rows would weight each value."""
+    with pytest.raises(ValueError, match=r"loss must return a scalar.*\(2,\)"):
+        score_function(lambda x: x @ VALUES, jnp.zeros((2, 4)), jax.random.key(0))
+
+
 @pytest.mark.parametrize("baseline", [0.0, 1.5])
 @pytest.mark.parametrize("loss", [linear, interacting])
 def test_the_score_function_has_unbiased_derivatives_of_second_order(loss, baseline):
