@@ -28,6 +28,7 @@ from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
 
 ARMIJO = 1e-4  # fraction of the linear decrease that a step must reach
 MAX_TRIALS = 60  # step sizes; from a nearly flat start the first is far too large
+MAX_STALLED = 5  # steps in a row without progress, where the curvature is negative
 MAX_FORCING_TERM = 0.5
 
 
@@ -39,7 +40,9 @@ class Newton(eqx.Module):
     they meet a direction of curvature that is not positive, ``d`` is their iterate so
     far, or ``-g`` times ``g'g / |g'Hg|`` if that is not a direction of descent, or
     ``-g / ||g||`` if ``g'Hg`` is zero. The line search halves the step until the loss
-    decreases enough, up to rounding. The solver uses all of the data, never a
+    decreases enough, up to rounding. A step without progress ends the run; if the
+    curvature is negative, as near a saddle point that is flat in the precision of the
+    loss, only the fifth in a row does. The solver uses all of the data, never a
     mini-batch.
 
     Args:
@@ -96,38 +99,40 @@ class Newton(eqx.Module):
         grad_tol = make_grad_tolerance(self.tolerance, grad_fn, w, grad)
 
         def cond_fun(carry):
-            _, _, grad, num_steps, is_progressing, *_ = carry
-            is_met = grad_tol.is_met(grad)
-            return (num_steps < self.max_steps) & is_progressing & ~is_met
+            _, _, grad, num_steps, num_stalled, *_ = carry
+            can_progress = num_stalled < MAX_STALLED
+            return (num_steps < self.max_steps) & can_progress & ~grad_tol.is_met(grad)
 
         def body_fun(carry):
-            w, value, grad, num_steps, _, num_hvps, num_grads = carry
+            w, value, grad, num_steps, num_stalled, num_hvps, num_grads = carry
             matvec = lambda v: divide(hvp(inner_loss, w, alpha, batch, v), unit)
             # Inexact Newton is superlinear if the residual tolerance falls with ||g||.
             ratio = safe_norm(grad) / grad_tol.init_norm
             rtol = jnp.minimum(MAX_FORCING_TERM, jnp.sqrt(ratio))
-            direction, num_products = _descent_direction(matvec, grad, rtol)
+            direction, num_products, is_curved = _descent_direction(matvec, grad, rtol)
             trial, is_accepted, num_trials = _line_search(
                 value_and_grad, w, value, grad, direction
             )
             select = lambda new, old: optax.tree.where(is_accepted, new, old)
             w, (new_value, new_grad) = select(trial, (w, (value, grad)))
-            is_progressing = is_accepted & has_progressed(
-                value, grad, new_value, new_grad
-            )
+            is_progress = has_progressed(value, grad, new_value, new_grad)
+            # Near a saddle the first steps down are below the rounding of the loss.
+            may_leave_saddle = is_accepted & is_curved
+            num_stalled = jnp.where(may_leave_saddle, num_stalled + 1, MAX_STALLED)
+            num_stalled = jnp.where(is_accepted & is_progress, 0, num_stalled)
             return (
                 w,
                 new_value,
                 new_grad,
                 num_steps + 1,
-                is_progressing,
+                num_stalled,
                 num_hvps + num_products,
                 num_grads + num_trials,
             )
 
         zero = jnp.asarray(0)
         num_grads = grad_tol.num_grads + 1
-        init_carry = (w, value, grad, zero, jnp.asarray(True), zero, num_grads)
+        init_carry = (w, value, grad, zero, zero, zero, num_grads)
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
         w, _, grad, num_steps, _, num_hvps, num_grads = final_carry
         converged = grad_tol.is_met(grad)
@@ -136,8 +141,13 @@ class Newton(eqx.Module):
 
 def _descent_direction(
     matvec: MatVec, grad: PyTree, rtol: Array
-) -> tuple[PyTree, Array]:
-    """Returns a direction ``d`` with ``g'd < 0`` and its number of products."""
+) -> tuple[PyTree, Array, Array]:
+    """Returns a direction ``d`` with ``g'd < 0``, and how it was found.
+
+    Returns:
+      ``(d, num_products, is_curved)``; the last is True if the conjugate gradients met
+      negative curvature.
+    """
     negative_grad = scale(-1, grad)
     # H d = -g
     direction, _, stats = conjugate_gradients(
@@ -156,7 +166,8 @@ def _descent_direction(
         return scale(step_size, negative_grad)
 
     direction = apply_unless(~is_ascent, scaled_negative_grad, direction)
-    return direction, stats["num_products"] + jnp.where(is_ascent, 1, 0)
+    num_products = stats["num_products"] + jnp.where(is_ascent, 1, 0)
+    return direction, num_products, stats["negative_curvature"]
 
 
 def _line_search(

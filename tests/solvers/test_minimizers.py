@@ -187,6 +187,20 @@ def test_a_tolerance_is_kept_and_saves_steps(solver):
     assert coarse_stats["num_steps"] < fine_stats["num_steps"]
 
 
+def test_newton_leaves_a_saddle_that_the_precision_of_the_loss_hides():
+    """The first steps down change the loss by less than its rounding error in float32.
+
+    They double the distance from the saddle, while the gradient grows. The default
+    tolerance on the gradient is eps^(3/4), 6.4e-6; the curvature at w[1] = 0.1 is 0.02.
+    """
+    saddle = lambda w, alpha, batch: (
+        1 + w[0] ** 2 / 2 - 0.005 * w[1] ** 2 + w[1] ** 4 / 4
+    )
+    w, stats = solve(hg.Newton(), saddle, jnp.array([1.0, 1e-3], "float32"), 0.0)
+    assert stats["converged"]
+    np.testing.assert_allclose(w, [0.0, 0.1], atol=6.4e-6 / 0.02)
+
+
 @pytest.mark.parametrize(
     "solver",
     [*SOLVERS.values(), hg.Descent(optax.sgd(0.3, momentum=0.2), 30)],
