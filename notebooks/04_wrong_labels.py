@@ -105,7 +105,7 @@ plt.show()
 #
 # The steps leave out the error estimate, which takes products and makes the program
 # about twice as large. Another estimate, by the program above, judges the end of the
-# run and prints why it is not trusted.
+# run.
 
 # %%
 quick = hg.Implicit(hg.LBFGS(max_steps=200), estimate_error=False)

@@ -12,9 +12,11 @@ from ..batches import Data, full_batch
 from ..number_checks import check_positive_int, non_negative
 from ..products import Loss
 from ..runtime.all_cores import loss_on_all_cores
-from ..trees import divide
+from ..trees import divide, safe_norm
 from .base import InnerStats, inner_stats
-from .stopping import has_progressed, make_grad_tolerance
+from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
+
+MAX_STALLED = 30  # steps in a row without progress; 5 to 20 are too few in float32
 
 
 class LBFGS(eqx.Module):
@@ -38,7 +40,8 @@ class LBFGS(eqx.Module):
     Memory: ``2 memory_size`` vectors like ``w``.
     Bias:
       None at a small enough tolerance. The statistic ``converged`` is 0 if the solver
-      stopped above it, after its last step or at the rounding of the loss.
+      stopped above it: after its last step, or where the rounding of the loss hides
+      any progress. It then returns the last step with progress.
 
     Source: Liu & Nocedal 1989.
 
@@ -82,45 +85,41 @@ class LBFGS(eqx.Module):
         value, grad = value / unit, divide(grad, unit)
 
         def cond_fun(carry):
-            _, _, _, grad, num_steps, is_progressing, _ = carry
+            _, _, (_, _, grad), num_steps, num_stalled, _ = carry
+            can_progress = num_stalled < MAX_STALLED
             is_met = grad_tol.is_met(grad, unit)
-            return (num_steps < self.max_steps) & is_progressing & ~is_met
+            return (num_steps < self.max_steps) & can_progress & ~is_met
 
         def body_fun(carry):
-            w, state, value, grad, num_steps, _, num_grads = carry
+            state, (w, value, grad), best, num_steps, num_stalled, num_grads = carry
             new_state: Any
             updates, new_state = optimizer.update(
                 grad, state, w, value=value, grad=grad, value_fn=loss
             )
-            new_w = optax.apply_updates(w, updates)
-            # The line search ended at new_w and keeps its value and gradient.
+            # The line search ended at the new w and keeps its value and gradient.
             line_search = new_state[-1]
-            new_value, new_grad = line_search.value, line_search.grad
-            num_grads = num_grads + line_search.info.num_linesearch_steps
-            is_progressing = has_progressed(value, grad, new_value, new_grad)
-            select = lambda new, old: optax.tree.where(is_progressing, new, old)
+            value, grad = line_search.value.astype(value.dtype), line_search.grad
+            point = (optax.apply_updates(w, updates), value, grad)
+            _, best_value, best_grad = best
+            is_progress = has_progressed(best_value, best_grad, value, grad)
+            # The loss may hide progress by rounding, but a step that raises it fails.
+            is_level = value <= best_value + value_rounding_error(best_value)
+            is_level = is_level & jnp.isfinite(safe_norm(grad))
+            num_stalled = jnp.where(is_level, num_stalled + 1, MAX_STALLED)
             return (
-                select(new_w, w),
                 new_state,
-                select(new_value, value),
-                select(new_grad, grad),
+                point,
+                optax.tree.where(is_progress, point, best),
                 num_steps + 1,
-                is_progressing,
-                num_grads,
+                jnp.where(is_progress, 0, num_stalled),
+                num_grads + line_search.info.num_linesearch_steps,
             )
 
         zero = jnp.asarray(0)
-        init_carry = (
-            w,
-            optimizer.init(w),
-            value,
-            grad,
-            zero,
-            jnp.asarray(True),
-            zero,
-        )
+        point = (w, value, grad)
+        init_carry = (optimizer.init(w), point, point, zero, zero, zero)
         final_carry = jax.lax.while_loop(cond_fun, body_fun, init_carry)
-        w, _, _, grad, num_steps, _, num_grads = final_carry
+        _, _, (w, _, grad), num_steps, _, num_grads = final_carry
         num_grads = num_grads + grad_tol.num_grads + 1
         converged = grad_tol.is_met(grad, unit)
         return w, inner_stats(num_steps, num_grads, converged=converged)

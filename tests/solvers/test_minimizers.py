@@ -201,6 +201,33 @@ def test_newton_leaves_a_saddle_that_the_precision_of_the_loss_hides():
     np.testing.assert_allclose(w, [0.0, 0.1], atol=6.4e-6 / 0.02)
 
 
+def network(w, alpha, batch):
+    x, y = X.astype(w["inner"].dtype), Y.astype(w["inner"].dtype)
+    margin = y * (jnp.tanh(x @ w["inner"]) @ w["outer"])
+    penalty = 0.5 * jnp.exp(alpha) * sum(jnp.sum(leaf**2) for leaf in w.values())
+    return jnp.mean(jax.nn.softplus(-margin)) + penalty
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lbfgs_converges_on_networks_in_single_precision(seed):
+    """The loss is level for many steps before the gradient meets its tolerance.
+
+    The gradient of the result is checked in double precision.
+    """
+    shapes = {"inner": (DIM, 8), "outer": (8,)}
+    rng = np.random.default_rng(seed)
+    w = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    alpha = np.float32(-4)
+    new_w, stats = solve(hg.LBFGS(), network, cast(w, jnp.float32), alpha)
+    assert stats["converged"]
+    final_norm = optax.tree.norm(
+        jax.grad(network)(cast(new_w, jnp.float64), alpha, None)
+    )
+    eps = float(jnp.finfo(jnp.float32).eps)
+    tolerance = 1.1 * eps**0.75 + 10 * eps
+    assert final_norm <= tolerance * reference_grad_norm(network, w, alpha)
+
+
 @pytest.mark.parametrize(
     "solver",
     [*SOLVERS.values(), hg.Descent(optax.sgd(0.3, momentum=0.2), 30)],
