@@ -44,6 +44,7 @@ from .networks import extract_patches
 from .task import (
     Task,
     as_sizes,
+    check_booleans,
     check_choice,
     check_finite,
     has_held_out,
@@ -305,7 +306,8 @@ def make(
         sizes of the scale.
 
     Raises:
-      TypeError: ``price``, ``sizes`` or an array of ``data`` has another type.
+      TypeError: ``price``, ``sizes``, ``hold_out`` or an array of ``data`` has another
+        type.
       ValueError: ``scale`` is unknown or needs data, ``price`` is not finite, ``sizes``
         are not three positive integers or too small for ``hold_out``, or ``data`` has
         too few examples, images that are not square, or other labels.
@@ -317,6 +319,7 @@ def make(
     """
     key = as_key(key)
     check_choice("scale", scale, tuple(SIZES))
+    check_booleans(hold_out=hold_out)
     check_finite(price=price)
     num_train, num_val, channels = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1

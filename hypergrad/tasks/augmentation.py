@@ -47,6 +47,7 @@ from .task import (
     Task,
     as_sizes,
     check_at_least_zero,
+    check_booleans,
     check_choice,
     has_held_out,
     loss_metric,
@@ -273,7 +274,8 @@ def make(
         the sizes of the scale.
 
     Raises:
-      TypeError: ``penalty``, ``sizes`` or an array of ``data`` has another type.
+      TypeError: ``penalty``, ``sizes``, ``hold_out`` or an array of ``data`` has
+        another type.
       ValueError: ``scale`` is unknown or needs data, ``penalty`` is negative or not
         finite, ``sizes`` are not three positive integers or too small for ``hold_out``,
         or ``data`` has too few examples, images that are not square, or other labels.
@@ -285,6 +287,7 @@ def make(
     """
     key = as_key(key)
     check_choice("scale", scale, tuple(SIZES))
+    check_booleans(hold_out=hold_out)
     check_at_least_zero(penalty=penalty)
     num_train, num_val, num_hidden = as_sizes(sizes, SIZES[scale])
     num_needed = num_train + num_val + 1

@@ -32,6 +32,7 @@ from .networks import softmax_regression
 from .task import (
     Task,
     check_at_least_zero,
+    check_booleans,
     check_choice,
     check_finite,
     has_held_out,
@@ -145,13 +146,14 @@ def make(
         examples. Defaults to the digits.
 
     Raises:
-      TypeError: A number or an array of ``data`` has another type.
+      TypeError: A number, ``hold_out`` or an array of ``data`` has another type.
       ValueError: ``scale`` is unknown, ``penalty`` is negative or not finite,
         ``corruption`` is not a probability, or ``data`` has another shape, too few
         examples or other labels.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small",))
+    check_booleans(hold_out=hold_out)
     check_at_least_zero(penalty=penalty)
     check_finite(corruption=corruption)
     if not is_traced(corruption) and not 0 <= np.asarray(corruption) <= 1:

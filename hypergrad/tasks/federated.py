@@ -33,7 +33,14 @@ from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from .classifier import load_data, random_order, weighted_mean
 from .federated_averaging import FedAvg, LocalImplicit
-from .task import Task, check_choice, has_held_out, loss_metric, sizes_of
+from .task import (
+    Task,
+    check_booleans,
+    check_choice,
+    has_held_out,
+    loss_metric,
+    sizes_of,
+)
 
 __all__ = ["FedAvg", "LocalImplicit", "make"]
 
@@ -151,7 +158,7 @@ def check_concrete(*arguments: Any) -> None:
     """
     if is_traced(arguments):
         raise TypeError(
-            "key, data and hold_out must be concrete, because the numbers of examples "
+            "key, data and booleans must be concrete, because the numbers of examples "
             "depend on them; got a tracer. Call federated.make outside of jax.jit."
         )
 
@@ -274,18 +281,19 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
-      TypeError: A size is not in `SCALES`, a size or data has a wrong type, or an
-        argument is traced.
+      TypeError: A size is not in `SCALES`, a size, a boolean or data has a wrong type,
+        or an argument is traced.
       ValueError: The scale is unknown, a number of ``sizes`` is out of range,
         ``imbalance`` is below 1 or leaves a class no training example, or data has a
         wrong shape, a wrong label, or too few examples for the sizes or ``hold_out``.
     """
     key = as_key(key)
     check_choice("scale", scale, SCALES)
+    check_booleans(iid=iid, drift_correction=drift_correction, hold_out=hold_out)
     chosen = sizes_of("federated", SCALES[scale], sizes)
     data_name = "digits" if scale == "small" else "mnist"
     data = load_data(data, data_name, 1, NUM_CLASSES, data_dir)
-    check_concrete(key, data, hold_out)
+    check_concrete(key, data, iid, drift_correction, hold_out)
     check_classes(data, chosen["val_per_class"] + chosen["max_per_class"])
     splits = split(data, key, chosen, iid, hold_out)
     num_val = splits["val"]["y"].shape[1]
@@ -305,7 +313,7 @@ def make(
             chosen["step_size"],
             chosen["num_rounds"],
             chosen["num_local_steps"],
-            drift_correction,
+            bool(drift_correction),
         ),
         w={"W": jnp.zeros((num_features, NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)},
         alpha={

@@ -41,7 +41,7 @@ from .classifier import (
     val_loss,
 )
 from .networks import CNN, MLP, split_module
-from .task import Task, check_choice
+from .task import Task, check_booleans, check_choice
 
 LOW, HIGH = -12.0, 1.0  # bounds of a log-penalty
 INIT_LOG_PENALTY = -4.0
@@ -213,13 +213,14 @@ def make(
         'cnn'. Defaults to the data of the variant.
 
     Raises:
-      TypeError: An array of ``data`` has another type.
+      TypeError: ``hold_out`` or an array of ``data`` has another type.
       ValueError: ``scale``, ``variant`` or ``granularity`` is unknown,
         ``init_log_penalty`` is out of range, or ``data`` has another shape, too few
         examples or other labels.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
+    check_booleans(hold_out=hold_out)
     check_choice("variant", variant, VARIANTS)
     check_choice("granularity", granularity, (None, "model", "feature", "parameter"))
     check_log_penalty(init_log_penalty)

@@ -35,7 +35,14 @@ from ..metrics import Metric
 from ..problem import Bilevel
 from ..validation import as_key, is_traced
 from . import mlp
-from .task import Task, check_choice, has_held_out, loss_metric, sizes_of
+from .task import (
+    Task,
+    check_booleans,
+    check_choice,
+    has_held_out,
+    loss_metric,
+    sizes_of,
+)
 
 VISCOSITY = 0.01 / np.pi
 TERMS = ("residual", "boundary", "data")
@@ -371,10 +378,12 @@ def make(
     Raises:
       ValueError: The scale or the variant is unknown, a number of ``sizes`` is out of
         range, or ``hold_out`` holds out all of the sensors.
-      TypeError: A size is not in `SCALES`, or its type is not that of the entry.
+      TypeError: A size is not in `SCALES`, its type is not that of the entry, or
+        ``hold_out`` is not boolean.
     """
     check_choice("variant", variant, SCALES)
     check_choice("scale", scale, SCALES[variant])
+    check_booleans(hold_out=hold_out)
     key, chosen = as_key(key), sizes_of("physics", SCALES[variant][scale], sizes)
     if variant == "control":
         return make_control(key, chosen)

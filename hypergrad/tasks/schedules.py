@@ -38,7 +38,7 @@ from .classifier import (
     val_loss,
 )
 from .networks import MLP, split_module
-from .task import Task, check_choice, check_counts
+from .task import Task, check_booleans, check_choice, check_counts
 
 NUM_WINDOWS = 5
 SMALL, PAPER = (600, 400, 797), (10_000, 10_000, 10_000)
@@ -148,13 +148,14 @@ def make(
         digits or MNIST.
 
     Raises:
-      TypeError: An array of ``data`` has another type.
+      TypeError: ``hold_out`` or an array of ``data`` has another type.
       ValueError: ``scale`` is unknown, ``num_steps`` or ``num_windows`` is not a
         positive integer, ``num_windows`` exceeds ``num_steps``, or ``data`` has another
         shape, too few examples or other labels.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
+    check_booleans(hold_out=hold_out)
     check_counts(num_steps=num_steps, num_windows=num_windows)
     if num_windows > num_steps:
         raise ValueError(

@@ -35,6 +35,7 @@ from .classifier import load_data, random_order
 from .task import (
     Task,
     check_at_least_zero,
+    check_booleans,
     check_choice,
     check_counts,
     has_held_out,
@@ -219,13 +220,14 @@ def make(
         examples. Defaults to scikit-learn's digits.
 
     Raises:
-      TypeError: ``penalty`` or data has a wrong type.
+      TypeError: ``penalty``, ``hold_out`` or data has a wrong type.
       ValueError: The scale is unknown, ``penalty`` is negative or not finite, ``width``
         or ``dimension`` is not positive, or data has a wrong shape, a wrong label or
         too few examples.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small",))
+    check_booleans(hold_out=hold_out)
     check_at_least_zero(penalty=penalty)
     check_counts(width=width, dimension=dimension)
     num_needed = NUM_TRAIN + NUM_FIT + NUM_VAL + 1

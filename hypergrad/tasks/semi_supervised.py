@@ -40,6 +40,7 @@ from .task import (
     Task,
     as_sizes,
     check_at_least_zero,
+    check_booleans,
     check_choice,
     has_held_out,
     loss_metric,
@@ -173,7 +174,7 @@ def make(
         sizes of the scale.
 
     Raises:
-      TypeError: ``penalty``, ``sizes`` or data has a wrong type.
+      TypeError: ``penalty``, ``sizes``, ``hold_out`` or data has a wrong type.
       ValueError: The scale is unknown, ``penalty`` is negative or not finite, the sizes
         are not three positive integers or too small for ``hold_out``, or data is
         missing, has a wrong shape or a wrong label, or is smaller than the sizes.
@@ -185,6 +186,7 @@ def make(
     """
     key = as_key(key)
     check_choice("scale", scale, tuple(SIZES))
+    check_booleans(hold_out=hold_out)
     check_at_least_zero(penalty=penalty)
     split_sizes = as_sizes(sizes, SIZES[scale])
     num_unlabeled = split_sizes[2]

@@ -89,6 +89,19 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 
 
+def check_booleans(**values: Any) -> None:
+    """Checks arguments that are True or False, which may be traced.
+
+    Raises:
+      TypeError: A value is neither a bool nor a boolean scalar.
+    """
+    for name, value in values.items():
+        dtype = getattr(value, "dtype", None)
+        is_boolean = isinstance(value, bool) or dtype == np.bool_
+        if not is_boolean or np.shape(value) != ():
+            raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
 def check_counts(**counts: Any) -> None:
     """Checks numbers of examples, tasks or units, which determine shapes.
 

@@ -172,6 +172,9 @@ def test_traced_arguments_are_errors():
     make_w = lambda data: federated.make(key=KEY, data=data).w
     with pytest.raises(TypeError, match="data"):
         jax.eval_shape(make_w, datasets.load("digits"))
+    make_w = lambda iid: federated.make(key=KEY, iid=iid).w
+    with pytest.raises(TypeError, match="booleans must be concrete"):
+        jax.eval_shape(make_w, True)
 
 
 def test_paper_scale_has_scalar_losses():

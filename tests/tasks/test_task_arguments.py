@@ -205,6 +205,32 @@ def test_held_out_examples_must_leave_and_be_some(name: str, arguments: dict):
     assert not any(metric.startswith("held") for metric in task.metrics)
 
 
+@pytest.mark.parametrize("value", [1, 0.2, "yes", None, np.array([True])])
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        *((name, "hold_out") for name in HELD_OUT),
+        ("federated", "iid"),
+        ("federated", "drift_correction"),
+    ],
+)
+def test_a_boolean_argument_takes_no_other_value(name: str, argument: str, value):
+    """The bits of 1 would put held-out examples into the outer loss."""
+    with pytest.raises(TypeError, match=f"{argument} must be True or False; got"):
+        TASKS[name].make(key=jax.random.key(0), **{argument: value})
+
+
+def test_a_boolean_argument_may_be_an_array():
+    """The clients' held-out examples are those of the Python value."""
+    make_task = lambda value: TASKS["federated"].make(
+        key=jax.random.key(0), hold_out=value, drift_correction=value
+    )
+    task = make_task(True)
+    for value in (np.bool_(True), np.array(True), jnp.array(True)):
+        chex.assert_trees_all_equal(make_task(value), task)
+    assert 0 < jnp.mean(task.problem.outer_data["use"]) < 1
+
+
 @pytest.mark.parametrize("name", [*MIN_EXAMPLES, "federated", "unsupervised"])
 def test_data_may_be_any_mapping_with_further_entries(name: str):
     file = io.BytesIO()
