@@ -6,9 +6,10 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float
@@ -70,7 +71,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
         data sets do not need it.
 
     Raises:
-      ValueError: The name is unknown, or a file has another SHA-256.
+      TypeError: ``data_dir`` is not a path.
+      ValueError: The name is unknown, or the SHA-256 of a file or its arrays is not
+        the known one.
       FileNotFoundError: A file is missing; the message names its source.
 
     >>> import hypergrad as hg
@@ -79,8 +82,12 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Arrays:
     """
     if not (isinstance(name, str) and name in LOADERS):
         raise ValueError(f"name must be one of {', '.join(LOADERS)}; got {name!r}.")
+    if not (data_dir is None or isinstance(data_dir, str | os.PathLike)):
+        raise TypeError(f"data_dir must be the path of a folder; got {data_dir!r}.")
     data_dir = data_dir or os.getenv(VARIABLE) or None
-    return LOADERS[name](None if data_dir is None else Path(data_dir).expanduser())
+    # os.path.expanduser keeps the name of an unknown user, so that it is named below.
+    path = None if data_dir is None else Path(os.path.expanduser(data_dir))
+    return LOADERS[name](path)
 
 
 # Bundled with scikit-learn.
@@ -109,81 +116,136 @@ def _import_sklearn_datasets() -> Any:
 # Read from files.
 
 
-def _read_files(
-    folder: str, data_dir: Path | None, digests: dict[str, str], source: str
-) -> list[bytes]:
-    """Returns the contents of files whose SHA-256 is right.
+def _find_files(
+    folder: str, data_dir: Path | None, files: Iterable[str], source: str
+) -> list[Path]:
+    """Returns the paths of files in a folder of ``data_dir``.
 
     Args:
       folder: Name of the folder of the files.
       data_dir: Folder that contains ``folder``.
-      digests: SHA-256 of each file, by file name.
+      files: Names of the files.
       source: Where the files come from, for error messages.
     """
     if data_dir is None:
         raise FileNotFoundError(
             f"data_dir must name a folder for {folder}, whose files do not come with "
-            f"the package; got None. Put {' and '.join(digests)} ({source}) into a "
+            f"the package; got None. Put {' and '.join(files)} ({source}) into a "
             f"folder {folder}/, and pass the folder above it as data_dir or set the "
             f"environment variable {VARIABLE}."
         )
-    contents = []
-    for file, digest in digests.items():
-        path = data_dir / folder / file
-        if not path.exists():
+    paths = [data_dir / folder / file for file in files]
+    for path in paths:
+        if not path.is_file():
             raise FileNotFoundError(
-                f"data_dir must contain {folder}/{file}; {path} does not exist. Its "
-                f"source is {source}."
+                f"data_dir must contain {folder}/{path.name}; {path} is not a file. "
+                f"Its source is {source}."
             )
+    return paths
+
+
+def _check_digest(
+    contents: Iterable[bytes], digest: str, path: Path, source: str
+) -> None:
+    """Raises ValueError unless the SHA-256 of the contents is ``digest``."""
+    sha256 = hashlib.sha256()
+    for content in contents:
+        sha256.update(content)
+    if sha256.hexdigest() != digest:
+        raise ValueError(
+            f"{path} must have the SHA-256 {digest}; got {sha256.hexdigest()}. The "
+            f"file is damaged or another one: get it again from {source}."
+        )
+
+
+def _read_files(
+    folder: str, data_dir: Path | None, digests: dict[str, str], source: str
+) -> list[bytes]:
+    """Returns the contents of files; ``digests`` has the SHA-256 of each, by name."""
+    contents = []
+    for path in _find_files(folder, data_dir, digests, source):
         content = path.read_bytes()
-        actual = hashlib.sha256(content).hexdigest()
-        if actual != digest:
-            raise ValueError(
-                f"{path} must have the SHA-256 {digest}; got {actual}. The file is "
-                f"damaged or another one: get it again from {source}."
-            )
+        _check_digest([content], digests[path.name], path, source)
         contents.append(content)
     return contents
 
 
-MNIST = {
-    "mnist.npz": "06af5dfe73b70e3bc1c36439982b18a8d76803db9b544f6fdf838a37fbb01b64",
-}
-MNIST_SOURCE = (
-    "https://github.com/rasbt/mnist-pngs, commit "
-    "d26bd33bf1e454dd15bd4fe8b8ba64c76308f91c, repacked in the original order as the "
-    "arrays x_train, y_train, x_test, y_test"
+class _Archive(NamedTuple):
+    """A NumPy archive, of which the arrays are known and not how they are compressed.
+
+    Attributes:
+      file: Its name.
+      arrays: Dtype and shape of the arrays that are read, by name.
+      digest: SHA-256 of the bytes of these arrays, one after the other.
+      source: Where the archive comes from, for error messages.
+    """
+
+    file: str
+    arrays: dict[str, tuple[str, tuple[int, ...]]]
+    digest: str
+    source: str
+
+    def read(self, folder: str, data_dir: Path | None) -> list[np.ndarray]:
+        """Returns the arrays of the archive in a folder of ``data_dir``."""
+        (path,) = _find_files(folder, data_dir, [self.file], self.source)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = [
+                    archive[name].astype(dtype).reshape(shape)
+                    for name, (dtype, shape) in self.arrays.items()
+                ]
+        except (ValueError, TypeError, KeyError, OSError, BadZipFile) as error:
+            raise ValueError(
+                f"{path} must be a NumPy archive with {', '.join(self.arrays)}; got "
+                f"{type(error).__name__}: {error}. Get it from {self.source}."
+            ) from error
+        contents = [array.tobytes() for array in arrays]
+        _check_digest(contents, self.digest, path, self.source)
+        return arrays
+
+
+MNIST = _Archive(
+    file="mnist.npz",
+    arrays={
+        "x_train": ("uint8", (60_000, 28, 28)),
+        "y_train": ("uint8", (60_000,)),
+        "x_test": ("uint8", (10_000, 28, 28)),
+        "y_test": ("uint8", (10_000,)),
+    },
+    digest="06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16",
+    source=(
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz, which "
+        "has the original images and labels"
+    ),
 )
 
 
 def _load_mnist(data_dir: Path | None) -> Arrays:
-    (content,) = _read_files("mnist", data_dir, MNIST, MNIST_SOURCE)
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        train, test = ((arrays[f"x_{n}"], arrays[f"y_{n}"]) for n in ("train", "test"))
-    x, y = (np.concatenate(pair) for pair in zip(train, test, strict=True))
+    train_x, train_y, test_x, test_y = MNIST.read("mnist", data_dir)
+    x, y = np.concatenate([train_x, test_x]), np.concatenate([train_y, test_y])
     return {
         "x": (x.reshape(len(x), -1) / np.float32(255)).astype(np.float32),
         "y": y.astype(np.int32),
-        "test": np.arange(len(y)) >= len(train[1]),
+        "test": np.arange(len(y)) >= len(train_y),
     }
 
 
-OMNIGLOT = {
-    "omniglot_105_packbits.npz": (
-        "0603ccaa1a5c6e1705f653ebf0215f39287ad6705279bd2331a764ac5dee39d1"
+OMNIGLOT = _Archive(
+    file="omniglot_105_packbits.npz",
+    arrays={"images": ("uint8", (32_460, 1379)), "char_id": ("int16", (32_460,))},
+    digest="c8018c125c9c9d97e79bc8f3bf25a6a516cd41a6ca21632ae9acb4e1d39a0f84",
+    source=(
+        "the folders images_background and images_evaluation of "
+        "https://github.com/brendenlake/omniglot, one after the other, with the images "
+        "sorted by path: `images` is np.packbits(ink, axis=1) of the 105 * 105 pixels, "
+        "with 1 for ink, and `char_id` numbers the characters from 0"
     ),
-}
-OMNIGLOT_SOURCE = (
-    "the images of https://github.com/brendenlake/omniglot, with ink as bits: `images` "
-    "of np.packbits over 105 by 105 pixels, and `char_id`"
 )
 OMNIGLOT_SIZE = 28
 
 
 def _load_omniglot(data_dir: Path | None) -> Arrays:
-    (content,) = _read_files("omniglot", data_dir, OMNIGLOT, OMNIGLOT_SOURCE)
-    with np.load(io.BytesIO(content)) as file:
-        bits, characters = file["images"], file["char_id"]
+    bits, characters = OMNIGLOT.read("omniglot", data_dir)
     areas = _overlaps(105, OMNIGLOT_SIZE)
     shape = (characters.max() + 1, 20, OMNIGLOT_SIZE, OMNIGLOT_SIZE)
     images = np.empty(shape, np.float32)

@@ -59,7 +59,7 @@ def shrink(ink: np.ndarray) -> np.ndarray:
 def load_alphabets() -> list[Examples]:
     """Returns the five alphabets in the order of the authors' file, as float16."""
     folder = Path(os.environ[hg.datasets.VARIABLE]) / "omniglot"
-    with np.load(folder / next(iter(hg.datasets.OMNIGLOT))) as file:
+    with np.load(folder / hg.datasets.OMNIGLOT.file) as file:
         bits, characters = file["images"], file["char_id"]
     alphabets = []
     for initial, count in ALPHABETS.values():

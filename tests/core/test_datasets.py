@@ -63,6 +63,27 @@ def test_mnist_has_the_documented_sizes_and_order():
     assert np.bincount(data["y"][data["test"]]).tolist() == counts
     mean = data["x"][~data["test"]].mean(dtype=float)
     assert abs(255 * mean - 33.3184) < 1e-3
+    for is_test, images_md5, labels_md5 in MNIST_FILES:
+        selected = data["test"] == is_test
+        images = np.round(255 * data["x"][selected]).astype(np.uint8)
+        count = len(images)
+        assert idx_md5(0x803, (count, 28, 28), images) == images_md5
+        assert idx_md5(0x801, (count,), data["y"][selected].astype(np.uint8)) == (
+            labels_md5
+        )
+
+
+# MD5 of the decompressed files of LeCun, Cortes and Burges: images and labels.
+MNIST_FILES = (
+    (False, "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624"),
+    (True, "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"),
+)
+
+
+def idx_md5(magic: int, shape: tuple[int, ...], array: np.ndarray) -> str:
+    """Returns the MD5 of an array in the format IDX: big-endian header, then bytes."""
+    header = np.array([magic, *shape], ">i4").tobytes()
+    return hashlib.md5(header + array.tobytes()).hexdigest()
 
 
 @needs_files
@@ -117,3 +138,57 @@ def test_a_file_with_another_digest_is_not_parsed(tmp_path):
         (tmp_path / "reuters" / name).write_bytes(content)
     with pytest.raises(ValueError, match=hashlib.sha256(content).hexdigest()):
         hg.datasets.load("reuters", tmp_path)
+
+
+def test_an_archive_is_known_by_its_arrays_and_not_by_its_compression(
+    tmp_path, monkeypatch
+):
+    """Other dtypes and another order of the arrays are the same data."""
+    images, labels = np.arange(12, dtype=np.uint8).reshape(3, 2, 2), np.arange(3)
+    content = images.tobytes() + labels.astype(np.uint8).tobytes()
+    archive = datasets.MNIST._replace(
+        arrays={"x": ("uint8", (3, 2, 2)), "y": ("uint8", (3,))},
+        digest=hashlib.sha256(content).hexdigest(),
+    )
+    path = tmp_path / "mnist" / "mnist.npz"
+    path.parent.mkdir()
+    for save in (np.savez, np.savez_compressed):
+        save(path, y=labels, names=np.array(["a"]), x=images)
+        for actual, expected in zip(
+            archive.read("mnist", tmp_path), (images, labels), strict=True
+        ):
+            np.testing.assert_array_equal(actual, expected)
+    np.savez(path, x=images, y=labels[::-1])
+    with pytest.raises(ValueError, match="SHA-256"):
+        archive.read("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["text", "array", "other names", "other sizes"])
+def test_a_file_that_is_no_archive_of_the_arrays_is_an_error(tmp_path, content):
+    path = tmp_path / "mnist" / "mnist.npz"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        match content:
+            case "text":
+                file.write(b"something else")
+            case "array":
+                np.save(file, np.zeros(3))
+            case "other names":
+                np.savez(file, images=np.zeros(3))
+            case "other sizes":
+                np.savez(file, **dict.fromkeys(datasets.MNIST.arrays, np.zeros(3)))
+    with pytest.raises(ValueError, match=r"must be a NumPy archive with x_train, "):
+        hg.datasets.load("mnist", tmp_path)
+
+
+def test_a_folder_must_be_a_path(tmp_path):
+    with pytest.raises(TypeError, match="data_dir must be the path of a folder; got 3"):
+        hg.datasets.load("mnist", 3)
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name"):
+        hg.datasets.load("mnist", "~nobody-of-this-name/data")
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "mnist" / "mnist.npz").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"mnist\.npz is not a file"):
+        hg.datasets.load("mnist", tmp_path)

@@ -181,7 +181,7 @@ def test_omniglot_has_its_published_size_and_ink():
     assert num_turns == 4
     assert (images.min(), images.max()) == (0, 1)
     folder = Path(os.environ[datasets.VARIABLE]) / "omniglot"
-    with np.load(folder / next(iter(datasets.OMNIGLOT))) as file:
+    with np.load(folder / datasets.OMNIGLOT.file) as file:
         bits = file["images"][file["char_id"] == 1000]
     ink = np.unpackbits(bits, axis=1)[:, : 105 * 105].mean(axis=1)
     np.testing.assert_allclose(images[1000].mean(axis=(1, 2)), ink, rtol=1e-5)
