@@ -16,7 +16,7 @@ from ..trees import divide, safe_norm
 from .base import InnerStats, inner_stats
 from .stopping import has_progressed, make_grad_tolerance, value_rounding_error
 
-MAX_STALLED = 30  # steps in a row without progress; 5 to 20 are too few in float32
+MAX_STALLED = 100  # steps in a row without progress; 30 are too few in float32
 
 
 class LBFGS(eqx.Module):

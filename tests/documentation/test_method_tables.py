@@ -1,5 +1,6 @@
 """Tests of the tables of *How to choose*, and that the code of that page runs."""
 
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -75,6 +76,16 @@ def test_every_searcher_has_a_row():
     assert first_column("Which searcher?") == expected
 
 
+def stated_costs_and_errors():
+    """Returns the columns of the cells ``cost, error`` or ``cost, error < bound``.
+
+    The table of the page compares three inner solvers on three penalties.
+    """
+    cells = re.findall(r"([\d,]+), error (<?) ?([\de.-]+)", PAGE.read_text())
+    costs = [float(cost.replace(",", "")) for cost, _, _ in cells]
+    return costs, [bool(sign) for _, sign, _ in cells], [float(x[2]) for x in cells]
+
+
 @pytest.mark.page
 def test_the_code_of_the_page_runs_in_order(capsys):
     """The checks agree, a search continues, the limit is kept, the front is one.
@@ -93,15 +104,14 @@ def test_the_code_of_the_page_runs_in_order(capsys):
     assert float(error_estimate) < 1e-2
     assert float(difference) < 1e-2
     costs, errors = np.array([row.split()[1:] for row in rows[:9]], float).T
-    stated = [240, 340, 1160, 570, 840, 1330, 1320, 1600, 2200]
+    stated_costs, is_bound, stated_errors = stated_costs_and_errors()
     # Rounding decides on the last steps, and whether the eighth error is confirmed.
-    ratios = costs / stated
+    ratios = np.divide(costs, stated_costs)
     assert 0.4 < ratios[7] < 4 / 3
     np.testing.assert_allclose(np.delete(ratios, 7), 1, rtol=1 / 3)
-    assert (errors[[0, 2, 3, 6]] < [1e-5, 1e-5, 1e-4, 1e-3]).all()
-    newton, lbfgs, descent = errors.reshape(3, 3).T
-    assert (newton < lbfgs).all()
-    assert (lbfgs < descent)[1:].all()
+    ratios = np.divide(errors, stated_errors)
+    assert (ratios[is_bound] < 1).all()
+    np.testing.assert_allclose(ratios[np.logical_not(is_bound)], 1, rtol=0.2)
     num_trials = 2000 // (100 + 1 / 3)
     continued = names["continued"]
     assert len(continued.value) == len(continued.metrics["size"]) == num_trials
