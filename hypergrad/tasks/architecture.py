@@ -43,10 +43,12 @@ from .classifier import (
 from .networks import extract_patches
 from .task import (
     Task,
+    as_coefficient,
     as_sizes,
     check_booleans,
     check_choice,
     check_finite,
+    frozen_array,
     has_held_out,
     loss_metric,
 )
@@ -328,7 +330,7 @@ def make(
     check_square(data["x"], even=True)
     split_key = jax.random.key(0) if split_key is None else split_key
     splits = split(data, split_key, (num_train, num_val))
-    prices = jnp.full(num_val, jnp.asarray(price, data["x"].dtype))
+    prices = jnp.full(num_val, as_coefficient(price, data["x"].dtype))
     val = splits["val"] | {"price": prices, "use": jnp.ones(num_val)}
     used = mask_held_out(val, hold_out)
     shape = (len(EDGES), len(OPERATIONS))
@@ -363,4 +365,4 @@ def ranking() -> dict[str, np.ndarray]:
     lines = Path(__file__).with_name(RANKING).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     names = ("test_accuracy", "test_loss", "val_accuracy", "val_loss")
-    return {name: np.array([row[name] for row in rows]) for name in names}
+    return {name: frozen_array([row[name] for row in rows]) for name in names}

@@ -45,6 +45,7 @@ from .classifier import (
 )
 from .task import (
     Task,
+    as_coefficient,
     as_sizes,
     check_at_least_zero,
     check_booleans,
@@ -297,7 +298,7 @@ def make(
     split_key, network_key = jax.random.split(key)
     splits = split(data, split_key, (num_train, num_val), hold_out)
     dtype = data["x"].dtype
-    penalties = jnp.full(num_train, jnp.asarray(penalty, dtype))
+    penalties = jnp.full(num_train, as_coefficient(penalty, dtype))
     train = Batches(splits["train"] | {"penalty": penalties}, with_key=True)
     shape = (len(OPERATIONS),)
     return Task(

@@ -31,6 +31,7 @@ from .classifier import (
 from .networks import softmax_regression
 from .task import (
     Task,
+    as_coefficient,
     check_at_least_zero,
     check_booleans,
     check_choice,
@@ -98,8 +99,8 @@ def split(
       corruption: Probability that a training label is replaced by another class.
     """
     order_key, wrong_key, class_key = jax.random.split(key, 3)
-    # Integers such as 0 and 1 are probabilities, too.
-    corruption = jnp.asarray(corruption, jnp.result_type(corruption, float))
+    # The labels depend on the value of corruption, not on its type.
+    corruption = jnp.asarray(corruption, float)
     order = random_order(data, order_key)
     x, y = data["x"][order], data["y"][order]
     wrong = jax.random.bernoulli(wrong_key, corruption, (NUM_TRAIN,))
@@ -133,7 +134,8 @@ def make(
     On the digits 1,000 images are for training, 150 for validation and 647 for testing.
 
     Args:
-      key: PRNG key of the split and of the wrong labels.
+      key: PRNG key of the split and of the wrong labels. With ``jax_enable_x64`` JAX
+        draws other wrong labels from the same key.
       scale: 'small', the only scale.
       penalty: Factor of the inner L2 penalty.
       hold_out: Whether 50 validation examples are excluded from the outer loss, for
@@ -164,7 +166,7 @@ def make(
     data = load_data(data, "digits", NUM_TRAIN + NUM_VAL + 1, NUM_CLASSES)
     splits = split(data, key, hold_out, corruption)
     train = {"x": splits["train"]["x"], "y": splits["train"]["y"]}
-    train |= {"penalty": jnp.asarray(penalty, train["x"].dtype)}
+    train |= {"penalty": as_coefficient(penalty, train["x"].dtype)}
     problem = Bilevel(train_loss, val_loss, train, splits["val"])
     if batch_size is not None:
         problem = _minibatch_problem(train, splits["val"], batch_size)

@@ -39,6 +39,7 @@ from .task import (
     Task,
     check_booleans,
     check_choice,
+    frozen_array,
     has_held_out,
     loss_metric,
     sizes_of,
@@ -176,19 +177,26 @@ def cole_hopf_grid() -> dict[str, np.ndarray]:
     x, t = np.linspace(-1, 1, 256), np.linspace(0, 0.99, 100)
     grid_x, grid_t = np.meshgrid(x, t, indexing="ij")
     u = cole_hopf(grid_x.ravel(), grid_t.ravel()).reshape(256, 100)
-    return {"x": x, "t": t, "u": u}
+    return {"x": frozen_array(x), "t": frozen_array(t), "u": frozen_array(u)}
 
 
 def burgers_reference(data_dir: str | None) -> dict[str, np.ndarray]:
     """Returns the solution ``{"x", "t", "u"}`` of Burgers' equation.
 
-    It is the file of Raissi et al. 2019 in ``data_dir``. Without this file it is
-    computed by quadrature.
+    It is the file of Raissi et al. 2019 in ``data_dir``. It is computed by quadrature
+    if ``data_dir`` is empty, or if it is None and the file is not found.
+
+    Raises:
+      FileNotFoundError: The file is not in ``data_dir``.
     """
+    if data_dir == "":
+        return cole_hopf_grid()
     try:
         return datasets.load("burgers", data_dir)
     except FileNotFoundError:
-        return cole_hopf_grid()
+        if data_dir is None:
+            return cole_hopf_grid()
+        raise
 
 
 def even_points(num_points: int) -> Float[Array, "n 1"]:
@@ -368,7 +376,8 @@ def make(
       key: PRNG key of the network, the sensors, their noise and random points.
       scale: 'small', the scale of the table of `hypergrad run physics`, or 'paper'.
       data_dir: Folder of the solution of Burgers' equation; see
-        `hypergrad.datasets.load`. Without the file it is computed by quadrature.
+        `hypergrad.datasets.load`. The solution is computed by quadrature if the folder
+        is empty (``""``), or if it is None and no file is found.
       variant: 'poisson', 'burgers' or 'control'.
       hold_out: Whether a third of the held-out sensors is not in the outer loss but,
         unless it is traced, in the metric ``held_out_loss``, for model selection; not
@@ -376,6 +385,7 @@ def make(
       sizes: Replacements of the entries of `SCALES`, by their names.
 
     Raises:
+      FileNotFoundError: The solution of Burgers' equation is not in ``data_dir``.
       ValueError: The scale or the variant is unknown, a number of ``sizes`` is out of
         range, or ``hold_out`` holds out all of the sensors.
       TypeError: A size is not in `SCALES`, its type is not that of the entry, or

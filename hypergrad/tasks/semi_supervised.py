@@ -38,6 +38,7 @@ from .classifier import (
 from .networks import softmax_regression
 from .task import (
     Task,
+    as_coefficient,
     as_sizes,
     check_at_least_zero,
     check_booleans,
@@ -193,7 +194,7 @@ def make(
     check_scale(scale, data, sum(split_sizes) + 1)
     data = load_data(data, "digits", sum(split_sizes) + 1, NUM_CLASSES)
     splits = split(data, key, split_sizes, hold_out)
-    penalty = jnp.asarray(penalty, data["x"].dtype)
+    penalty = as_coefficient(penalty, data["x"].dtype)
     w = {"W": jnp.zeros((data["x"].shape[1], NUM_CLASSES)), "b": jnp.zeros(NUM_CLASSES)}
     predictions = pseudo_labels(w, splits, penalty)
     train = {

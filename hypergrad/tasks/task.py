@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -153,6 +154,21 @@ def check_at_least_zero(**values: Any) -> None:
     check_finite(**values)
     for name, value in values.items():
         non_negative(name)(value)
+
+
+def as_coefficient(value: Any, dtype: Any) -> Array:
+    """Returns a penalty or price in the dtype of the data, but at least in float32.
+
+    A small coefficient would be 0 in float16.
+    """
+    return jnp.asarray(value, jnp.promote_types(dtype, jnp.float32))
+
+
+def frozen_array(values: Any) -> np.ndarray:
+    """Returns an array that cannot be written to, which callers may therefore share."""
+    array = np.array(values)
+    array.flags.writeable = False
+    return array
 
 
 def as_sizes(sizes: Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -35,6 +35,15 @@ def test_all_labels_or_none_are_wrong(corruption):
     assert np.all((train["y"] != train["clean"]) == (corruption == 1))
 
 
+def test_wrong_labels_depend_on_the_value_of_corruption_only():
+    expected, *others = (
+        cleaning.make(key=jax.random.key(0), corruption=x).splits["train"]["y"]
+        for x in (0.25, np.float32(0.25), jnp.asarray(0.25, jnp.bfloat16))
+    )
+    for labels in others:
+        np.testing.assert_array_equal(labels, expected)
+
+
 def test_f1_is_zero_if_no_label_is_wrong_or_called_wrong():
     right, alpha = jnp.zeros(5, bool), jnp.full(5, 0.5)
     assert cleaning.f1_of_wrong_labels(right, None, alpha, None) == 0

@@ -63,8 +63,12 @@ def test_cole_hopf_equals_the_published_reference():
 
 
 def test_reference_file_is_used_as_soon_as_it_exists(monkeypatch):
-    """A missing file is not cached."""
-    assert physics.burgers_reference("/nowhere") is physics.cole_hopf_grid()
+    """A missing file is not cached, and is an error in a folder that was named."""
+    monkeypatch.delenv(hg.datasets.VARIABLE, raising=False)
+    for data_dir in (None, ""):
+        assert physics.burgers_reference(data_dir) is physics.cole_hopf_grid()
+    with pytest.raises(FileNotFoundError, match="/nowhere"):
+        physics.make(key=jax.random.key(0), variant="burgers", data_dir="/nowhere")
     reference = {"x": np.zeros(1)}
     monkeypatch.setattr(physics.datasets, "load", lambda name, data_dir: reference)
     assert physics.burgers_reference("/nowhere") is reference
