@@ -114,7 +114,7 @@ def check_test_marks(marks: Any, num_examples: int, num_unmarked: int) -> None:
         )
 
 
-def check_features(x: Num[Array, "n features"]) -> None:
+def check_features(x: Num[Array, "n ..."], name: str = "data['x']") -> None:
     """Checks that features are floating-point and, unless traced, finite.
 
     Raises:
@@ -123,12 +123,12 @@ def check_features(x: Num[Array, "n features"]) -> None:
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
-            f"data['x'] must be floating-point; got {x.dtype}. Divide pixels by their "
+            f"{name} must be floating-point; got {x.dtype}. Divide pixels by their "
             "maximum or use astype."
         )
     if not is_traced(x) and not np.isfinite(np.asarray(x)).all():
         raise ValueError(
-            "data['x'] must be finite; got NaN or infinity. Remove these examples."
+            f"{name} must be finite; got NaN or infinity. Remove these examples."
         )
 
 

@@ -46,6 +46,7 @@ from ..inner import ClosedForm, Descent
 from ..inner.base import InnerSolver
 from ..problem import Bilevel
 from ..validation import as_key
+from .classifier import check_features
 from .networks import batch_norm, strided_convolution
 from .task import (
     Task,
@@ -330,10 +331,17 @@ def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
 def check_images(
     images: Array, num_ways: int, min_drawings: int, num_turns: int
 ) -> None:
-    """Checks that images are square, and that there are enough of them for tasks."""
+    """Checks that images are square and floating-point, and enough for tasks.
+
+    Raises:
+      TypeError: The images are not floating-point.
+      ValueError: They have another shape, are too few, or are not finite.
+    """
     expected = "images must have the shape [characters, drawings, side, side]"
-    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+    side = images.shape[-1] if images.ndim == 4 else 0
+    if side == 0 or images.shape[2] != side:
         raise ValueError(f"{expected}; got {list(images.shape)}.")
+    check_features(images, "images")
     if images.shape[1] < min_drawings:
         raise ValueError(
             f"{expected} with at least {min_drawings} drawings for support and query; "
@@ -378,15 +386,17 @@ def make(
         scale.
       penalty: Coefficient of the squared distance to alpha, for 'imaml'.
       hidden: Sizes of the tanh layers at the small scale; () is a linear model.
-      images: ``[characters, drawings, side, side]``, used instead of these data.
+      images: ``[characters, drawings, side, side]``, floating-point, used instead of
+        these data.
       num_turns: Number of turns of 90 degrees of ``images`` that are classes: 2 or 4.
 
     Raises:
       FileNotFoundError: Omniglot is not in ``data_dir``, or is needed for the paper's
         scale.
-      TypeError: ``penalty`` is not a number, or ``hidden`` not a sequence.
+      TypeError: ``penalty`` is not a number, ``hidden`` not a sequence, or images are
+        not floating-point.
       ValueError: The scale, the variant or the number of turns is unknown, a number is
-        out of range, or images have a wrong shape or are too few.
+        out of range, or images have a wrong shape, are too few or are not finite.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small", "paper"))
@@ -394,12 +404,15 @@ def make(
     check_choice("num_turns", num_turns, SPLIT_TENTHS)
     num_tasks = {"small": 4, "paper": 32}[scale] if num_tasks is None else num_tasks
     check_counts(num_ways=num_ways, num_shots=num_shots, num_tasks=num_tasks)
+    if num_ways == 1:
+        raise ValueError("num_ways must be at least 2, because one class is no choice.")
     check_sequences(hidden=hidden)
     check_at_least_zero(penalty=penalty)
     if images is None:
         _, images, num_turns = characters(scale, data_dir)
-    images = jnp.asarray(images, float)
+    images = jnp.asarray(images)
     check_images(images, num_ways, num_shots + NUM_QUERIES, num_turns)
+    images = images.astype(float)
     split_key, body_key, head_key = jax.random.split(key, 3)
     splits = split(images, split_key, num_turns)
     layers = (0, hidden) if scale == "small" else (4, ())

@@ -29,15 +29,16 @@ from jaxtyping import Array, Float, PyTree
 from .. import spaces
 from ..batches import Batches
 from ..inner import Descent
+from ..number_checks import positive
 from ..problem import Bilevel
 from ..validation import as_key
 from .classifier import load_data, random_order
 from .task import (
     Task,
-    check_at_least_zero,
     check_booleans,
     check_choice,
     check_counts,
+    check_finite,
     has_held_out,
     loss_metric,
 )
@@ -210,7 +211,8 @@ def make(
     Args:
       key: PRNG key of the split and of the initial encoder.
       scale: 'small' is the only one, because no paper defines another.
-      penalty: Ridge penalty of the probe. Defaults to 1.
+      penalty: Ridge penalty of the probe, above 0, because features that are zero for
+        all images make its least-squares problem singular. Defaults to 1.
       width: Number of features.
       dimension: Dimension of the vectors that the contrastive loss compares.
       hold_out: Whether 100 validation examples are excluded from the outer loss, for
@@ -221,14 +223,15 @@ def make(
 
     Raises:
       TypeError: ``penalty``, ``hold_out`` or data has a wrong type.
-      ValueError: The scale is unknown, ``penalty`` is negative or not finite, ``width``
-        or ``dimension`` is not positive, or data has a wrong shape, a wrong label or
+      ValueError: The scale is unknown, ``penalty``, ``width`` or ``dimension`` is not
+        positive, or data has a wrong shape, a wrong label or
         too few examples.
     """
     key = as_key(key)
     check_choice("scale", scale, ("small",))
     check_booleans(hold_out=hold_out)
-    check_at_least_zero(penalty=penalty)
+    check_finite(penalty=penalty)
+    positive("penalty")(penalty)
     check_counts(width=width, dimension=dimension)
     num_needed = NUM_TRAIN + NUM_FIT + NUM_VAL + 1
     data = load_data(data, "digits", num_needed, NUM_CLASSES)

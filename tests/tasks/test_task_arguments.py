@@ -352,6 +352,8 @@ def test_an_unknown_scale_is_an_error(name: str):
         ("few_shot", {"num_tasks": 0}, "num_tasks"),
         ("few_shot", {"num_shots": 0}, "num_shots"),
         ("few_shot", {"num_ways": 0}, "num_ways"),
+        ("few_shot", {"num_ways": 1}, "num_ways"),
+        ("few_shot", {"images": np.full((9, 20, 4, 4), np.nan)}, "images"),
         ("few_shot", {"hidden": (0,)}, "hidden"),
         ("few_shot", {"num_turns": "unknown"}, "num_turns"),
         ("few_shot", {"variant": "unknown"}, "variant"),
@@ -384,6 +386,7 @@ def test_an_unknown_scale_is_an_error(name: str):
         ("schedules", {"num_windows": 2.5}, "num_windows"),
         ("schedules", {"num_steps": 50.0}, "num_steps"),
         ("self_supervised", {"penalty": np.inf}, "penalty"),
+        ("self_supervised", {"penalty": 0.0}, "penalty"),
         ("semi_supervised", {"penalty": np.nan}, "penalty"),
         ("unsupervised", {"variant": "unknown"}, "variant"),
     ],
@@ -399,6 +402,8 @@ def test_a_value_that_does_not_fit_is_an_error(name: str, arguments, argument: s
         ("cleaning", {"penalty": "small"}),
         ("federated", {"imbalance": "a"}),
         ("few_shot", {"hidden": 64}),
+        ("few_shot", {"images": np.zeros((9, 20, 4, 4), np.uint8)}),
+        ("few_shot", {"images": np.zeros((9, 20, 4, 4), complex)}),
         ("physics", {"hidden": 20}),
         ("semi_supervised", {"sizes": 5}),
     ],
@@ -416,6 +421,33 @@ def test_traced_penalties_and_prices_are_accepted():
             make(name, DIGITS, **{argument: x}).w
         )
         assert jax.eval_shape(jax.vmap(make_w), jnp.array([0.1, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("architecture", "price"),
+        ("augmentation", "penalty"),
+        ("cleaning", "penalty"),
+        ("semi_supervised", "penalty"),
+    ],
+)
+def test_a_small_coefficient_is_not_rounded_to_half_precision(name, argument):
+    """1e-9 is 0 in float16."""
+    data = DIGITS | {"x": np.asarray(DIGITS["x"], np.float16)}
+    problem = make(name, data, **{argument: 1e-9}).problem
+    batches = problem.outer_data if argument == "price" else problem.inner_data
+    batch = getattr(batches, "data", batches)
+    np.testing.assert_array_equal(batch[argument], np.float32(1e-9))
+
+
+@pytest.mark.parametrize(
+    "function", [hg.tasks.architecture.ranking, hg.tasks.physics.cole_hopf_grid]
+)
+def test_an_array_that_callers_share_cannot_be_changed(function):
+    for array in function().values():
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0.0
 
 
 @pytest.mark.parametrize(
