@@ -40,6 +40,7 @@ from .runtime.console import printable
 from .runtime.fingerprint import digest, digest_function
 from .runtime.provenance import utc_now, versions
 from .trees import is_key, to_numpy
+from .validation import is_traced
 
 FOLDER = "runs/models"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -217,7 +218,7 @@ def load(
     Cost: the files are read twice, once for their digests.
 
     Raises:
-      TypeError: ``folder`` is not a path.
+      TypeError: ``folder`` is not a path, or ``reference`` is no text.
       ValueError: There is no such model, it is damaged, or ``like`` has another
         structure.
     """
@@ -245,13 +246,18 @@ def get(reference: str, *, folder: str | os.PathLike = FOLDER) -> Model:
     """Returns the metadata of ``name@version``, or of the newest version of a name.
 
     Raises:
-      TypeError: ``folder`` is not a path.
+      TypeError: ``folder`` is not a path, or ``reference`` is no text.
       ValueError: There is no such model, or its metadata are damaged.
     """
-    name, _, version = str(reference).partition("@")
+    if not isinstance(reference, str):
+        raise TypeError(
+            "reference must be text such as 'ridge' or 'ridge@2', which the attribute "
+            f"reference of a model contains; got {type(reference).__name__}."
+        )
+    name, at, version = reference.partition("@")
     home = _check_folder(folder) / _check_name(name)
     existing = _versions(home)
-    if not existing or (version and version not in map(str, existing)):
+    if not existing or (at and version not in map(str, existing)):
         raise ValueError(
             f"{folder} has no model {reference!r}; hg.models.find lists the models."
         )
@@ -309,6 +315,11 @@ def _flatten(w: PyTree, alpha: PyTree) -> tuple[list, str | None]:
     """Returns the leaves, and the structure as text if it has only plain containers."""
     for argument, tree in (("w", w), ("alpha", alpha)):
         leaves = jax.tree.leaves(tree)
+        if any(map(is_traced, leaves)):
+            raise TypeError(
+                f"{argument} must have values; got a traced array. Call save outside "
+                "of jax.jit, jax.vmap and jax.grad."
+            )
         wrong = [leaf for leaf in leaves if not _can_be_stored(leaf)]
         if wrong or not leaves:
             raise TypeError(
@@ -425,7 +436,7 @@ def _check_metrics(metrics: Any) -> dict[str, float | None]:
             raise TypeError(f"metrics must be {{name: number}}; got {x!r}.")
     try:
         numbers = {name: float(x) for name, x in metrics.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"metrics must be {{name: number}}; {error}.") from error
     return {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 

@@ -328,7 +328,7 @@ def make(
     check_scale(scale, data, num_needed)
     data = load_data(data, "digits", num_needed, NUM_CLASSES)
     check_square(data["x"], even=True)
-    split_key = jax.random.key(0) if split_key is None else split_key
+    split_key = as_key(jax.random.key(0) if split_key is None else split_key)
     splits = split(data, split_key, (num_train, num_val))
     prices = jnp.full(num_val, as_coefficient(price, data["x"].dtype))
     val = splits["val"] | {"price": prices, "use": jnp.ones(num_val)}

@@ -18,10 +18,12 @@ from ..implicit.differentiation import Point, implicit_hypergradient
 from ..inner import inner_stats
 from ..inner.base import InnerSolver, InnerStats
 from ..inner.descent import run_inner_steps
-from ..number_checks import check_positive_int
+from ..linear.base import check_linear_solver
+from ..number_checks import boolean, check_positive_int, non_negative
 from ..problem import Bilevel, EstimateData
 from ..products import Loss
 from ..trees import norm
+from ..validation import check_solver
 
 
 def split_clients(data: PyTree) -> PyTree:
@@ -57,7 +59,9 @@ class FedAvg(eqx.Module):
     Bias: none with the correction, after convergence.
 
     Raises:
-      ValueError: A number of steps is not a positive integer.
+      TypeError: ``step_size`` is not a number, or ``drift_correction`` is not boolean.
+      ValueError: A number of steps is not a positive integer, or ``step_size`` is
+        negative or not finite.
 
     Source: McMahan et al. 2017 (arXiv 1602.05629); Tarzanagh et al. 2022 (arXiv
     2205.02215) for the correction.
@@ -73,10 +77,12 @@ class FedAvg(eqx.Module):
     2.38
     """
 
-    step_size: float | Array
+    step_size: float | Array = eqx.field(converter=non_negative("step_size"))
     num_steps: int = eqx.field(static=True)
     num_local_steps: int = eqx.field(static=True)
-    drift_correction: bool = eqx.field(static=True, default=True)
+    drift_correction: bool = eqx.field(
+        static=True, default=True, converter=boolean("drift_correction")
+    )
 
     differentiable = True
     uses_all_data = True
@@ -156,6 +162,10 @@ class LocalImplicit(eqx.Module):
     linear_solver: lx.AbstractLinearSolver
 
     target = "argmin"
+
+    def __check_init__(self):
+        check_solver(self.solver)
+        check_linear_solver(self.linear_solver)
 
     def error_bound(self, eig_min: float, eig_max: float) -> float:
         """Returns NaN, because the error of the adjoint is not bounded."""

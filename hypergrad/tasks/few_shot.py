@@ -27,7 +27,9 @@ For five classes with one drawing each, ``maml`` with the sizes of scale 'paper'
 from the code of Finn et al. for Omniglot: it makes five inner steps of size 0.4 instead
 of one; its head has 256 inputs, the flattened last 2 x 2 maps, instead of their means
 over the pixels, 64; it trains on 60% of the characters, 973 instead of 1,200; and it
-has 15 queries per class instead of as many as shots, one.
+has 15 queries per class instead of as many as shots, one. As in that code, each feature
+is normalized over the images that are classified together, so that the scores of a
+query depend on the other queries of its task.
 """
 
 import os
@@ -349,11 +351,11 @@ def check_images(
         )
     train_end, val_end = split_points(len(images), num_turns)
     num_characters = min(train_end, val_end - train_end, len(images) - val_end)
-    if num_turns * num_characters < num_ways:
+    if not 2 <= num_ways <= num_turns * num_characters:
         raise ValueError(
-            f"num_ways must be at most {num_turns * num_characters}, the number of "
-            f"classes in the smallest part; got {num_ways}. Pass more characters or a "
-            "smaller num_ways."
+            f"num_ways must be from 2 to {num_turns * num_characters}, the number of "
+            f"classes in the smallest part; got {num_ways}. Pass more characters or "
+            "another num_ways."
         )
 
 
@@ -404,8 +406,6 @@ def make(
     check_choice("num_turns", num_turns, SPLIT_TENTHS)
     num_tasks = {"small": 4, "paper": 32}[scale] if num_tasks is None else num_tasks
     check_counts(num_ways=num_ways, num_shots=num_shots, num_tasks=num_tasks)
-    if num_ways == 1:
-        raise ValueError("num_ways must be at least 2, because one class is no choice.")
     check_sequences(hidden=hidden)
     check_at_least_zero(penalty=penalty)
     if images is None:

@@ -18,7 +18,6 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
@@ -41,7 +40,7 @@ from .classifier import (
     val_loss,
 )
 from .networks import CNN, MLP, split_module
-from .task import Task, check_booleans, check_choice
+from .task import Task, check_booleans, check_choice, check_finite
 
 LOW, HIGH = -12.0, 1.0  # bounds of a log-penalty
 INIT_LOG_PENALTY = -4.0
@@ -145,15 +144,16 @@ def log_penalties(w: PyTree, granularity: str, value: float | Array) -> PyTree:
 
 
 def check_log_penalty(value: float | Array) -> None:
-    """Checks that log-penalties are in their space, unless they are traced.
+    """Checks that a log-penalty is in its space, unless it is traced.
 
     Raises:
-      ValueError: One of them is NaN or out of the range.
+      TypeError: It is not a number.
+      ValueError: It is NaN, no scalar or out of the range.
     """
     if is_traced(value):
         return
-    log_penalty = np.asarray(value)
-    if not np.all((log_penalty >= LOW) & (log_penalty <= HIGH)):
+    check_finite(init_log_penalty=value)
+    if not LOW <= value <= HIGH:
         raise ValueError(
             f"init_log_penalty must be in [{LOW:g}, {HIGH:g}]; got {value}."
         )
@@ -213,7 +213,8 @@ def make(
         'cnn'. Defaults to the data of the variant.
 
     Raises:
-      TypeError: ``hold_out`` or an array of ``data`` has another type.
+      TypeError: ``init_log_penalty`` is not a number, or ``hold_out`` or an array of
+        ``data`` has another type.
       ValueError: ``scale``, ``variant`` or ``granularity`` is unknown,
         ``init_log_penalty`` is out of range, or ``data`` has another shape, too few
         examples or other labels.

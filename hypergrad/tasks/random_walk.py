@@ -108,7 +108,8 @@ def empirical_model(episodes: dict[str, Array]) -> dict[str, Array]:
 
     Returns:
       ``P``, transition frequencies ``[19, 19]``; ``r``, mean rewards; ``G``, mean
-      undiscounted returns; ``d``, fractions of the visits.
+      undiscounted returns up to the horizon, which cuts off a walk that is still
+      inside; ``d``, fractions of the visits.
     """
     one_hot = lambda state: jax.nn.one_hot(state, NUM_STATES)  # Zero outside.
     state = episodes["alive"][..., None] * one_hot(episodes["state"])

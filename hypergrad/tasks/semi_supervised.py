@@ -77,7 +77,10 @@ def train_loss(w: PyTree, alpha: Array, batch: PyTree) -> Array:
 def auroc_of_wrong_labels(
     is_wrong: Array, w: PyTree, alpha: Array, key: Array
 ) -> Array:
-    """Returns the area under the ROC curve of low weights as detectors of errors."""
+    """Returns the area under the ROC curve of low weights as detectors of errors.
+
+    It is 0 if every label is wrong, or none.
+    """
     del w, key
     return AUC().exact(-alpha, is_wrong)
 

@@ -124,16 +124,24 @@ def test_versions_increase_and_the_newest_is_loaded(tmp_path):
 @pytest.mark.parametrize("reference", ["absent", "m@2", "m@x", "../m", "", "m@"])
 def test_missing_models_and_invalid_names_are_refused(reference, tmp_path):
     models.save("m", 1.0, 0.0, folder=tmp_path)
-    if reference == "m@":
-        assert models.load(reference, folder=tmp_path)[0] == 1.0
-        return
     with pytest.raises(ValueError, match=r"model|name"):
         models.load(reference, folder=tmp_path)
 
 
+def test_a_reference_is_text(tmp_path):
+    model = models.save("m", 1.0, 0.0, folder=tmp_path)
+    with pytest.raises(TypeError, match="attribute reference"):
+        models.load(model, folder=tmp_path)
+
+
+def test_a_metric_beyond_floating_point_is_an_error(tmp_path):
+    with pytest.raises(TypeError, match="metrics"):
+        models.save("m", 1.0, 0.0, folder=tmp_path, metrics={"loss": 10**400})
+
+
 def test_traced_arrays_are_refused(tmp_path):
     save = lambda w: models.save("m", w, 0.0, folder=tmp_path)
-    with pytest.raises(jax.errors.TracerArrayConversionError):
+    with pytest.raises(TypeError, match="outside"):
         jax.jit(save)(1.0)
     assert models.find(tmp_path) == ([], [])
 

@@ -177,6 +177,27 @@ def test_traced_arguments_are_errors():
         jax.eval_shape(make_w, True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-0.1, 3, 2), ValueError, "step_size"),
+        (("small", 3, 2), TypeError, "step_size"),
+        ((0.1, 0, 2), ValueError, "num_steps"),
+        ((0.1, 3, 2, 1), TypeError, "drift_correction"),
+    ],
+)
+def test_arguments_of_federated_averaging_are_checked(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FedAvg(*arguments)
+
+
+def test_local_hypergradients_need_solvers():
+    with pytest.raises(TypeError, match="solver"):
+        LocalImplicit(0.1, hg.CG())
+    with pytest.raises(TypeError, match="linear_solver"):
+        LocalImplicit(FedAvg(0.1, 3, 2), 5)
+
+
 def test_paper_scale_has_scalar_losses():
     """The task of the paper's scale is consistent for examples of MNIST's shape."""
     data = {"x": np.zeros((2000, 784), np.float32), "y": np.arange(2000) % 10}
