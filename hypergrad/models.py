@@ -254,10 +254,10 @@ def get(reference: str, *, folder: str | os.PathLike = FOLDER) -> Model:
             "reference must be text such as 'ridge' or 'ridge@2', which the attribute "
             f"reference of a model contains; got {type(reference).__name__}."
         )
-    name, at, version = reference.partition("@")
+    name, separator, version = reference.partition("@")
     home = _check_folder(folder) / _check_name(name)
     existing = _versions(home)
-    if not existing or (at and version not in map(str, existing)):
+    if not existing or (separator and version not in map(str, existing)):
         raise ValueError(
             f"{folder} has no model {reference!r}; hg.models.find lists the models."
         )

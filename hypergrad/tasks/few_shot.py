@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .. import datasets, spaces
@@ -330,15 +331,16 @@ def split(images: Array, key: Array, num_turns: int) -> dict[str, Array]:
     }
 
 
-def check_images(
-    images: Array, num_ways: int, min_drawings: int, num_turns: int
-) -> None:
-    """Checks that images are square and floating-point, and enough for tasks.
+def as_images(
+    images: ArrayLike, num_ways: int, min_drawings: int, num_turns: int
+) -> Array:
+    """Returns images as an array, if they are square and enough for tasks.
 
     Raises:
       TypeError: The images are not floating-point.
       ValueError: They have another shape, are too few, or are not finite.
     """
+    images = jnp.asarray(images)
     expected = "images must have the shape [characters, drawings, side, side]"
     side = images.shape[-1] if images.ndim == 4 else 0
     if side == 0 or images.shape[2] != side:
@@ -357,6 +359,7 @@ def check_images(
             f"classes in the smallest part; got {num_ways}. Pass more characters or "
             "another num_ways."
         )
+    return images.astype(float)
 
 
 def make(
@@ -410,9 +413,7 @@ def make(
     check_at_least_zero(penalty=penalty)
     if images is None:
         _, images, num_turns = characters(scale, data_dir)
-    images = jnp.asarray(images)
-    check_images(images, num_ways, num_shots + NUM_QUERIES, num_turns)
-    images = images.astype(float)
+    images = as_images(images, num_ways, num_shots + NUM_QUERIES, num_turns)
     split_key, body_key, head_key = jax.random.split(key, 3)
     splits = split(images, split_key, num_turns)
     layers = (0, hidden) if scale == "small" else (4, ())
@@ -432,10 +433,9 @@ def make(
     def make_problem(split_name):
         sizes = num_ways, num_shots, NUM_QUERIES, num_tasks
         pool = ClassPool(splits[split_name], jnp.asarray(penalty, float), *sizes)
-        data_fn = jax.tree_util.Partial(sample_tasks, pool)
+        data_fn = Partial(sample_tasks, pool)
         return Bilevel(*LOSSES[variant], init_fn=init_fn, data_fn=data_fn)
 
-    val, test = make_problem("val"), make_problem("test")
     return Task(
         paradigm="few-shot",
         problem=make_problem("train"),
@@ -444,7 +444,7 @@ def make(
         alpha=alpha,
         space=jax.tree.map(lambda _: spaces.Real(), alpha),
         metrics={
-            "val_accuracy": jax.tree_util.Partial(accuracy, solver, val),
-            "test_accuracy": jax.tree_util.Partial(accuracy, solver, test),
+            f"{name}_accuracy": Partial(accuracy, solver, make_problem(name))
+            for name in ("val", "test")
         },
     )
