@@ -138,12 +138,19 @@ class PendingTrials(Trials):
 def replace_nonfinite(values: np.ndarray) -> np.ndarray:
     """Replaces values that are not finite by the worst finite one, or by 0.
 
+    If all finite values are equal, the others become larger by 1: a model that sees
+    only equal values cannot learn where trials fail.
+
     >>> replace_nonfinite(np.array([1.0, np.inf, 2.0])).tolist()
     [1.0, 2.0, 2.0]
+    >>> replace_nonfinite(np.array([1.0, np.inf])).tolist()
+    [1.0, 2.0]
     """
     is_finite = np.isfinite(values)
-    worst = values[is_finite].max() if is_finite.any() else 0.0
-    return np.where(is_finite, values, worst)
+    if not is_finite.any():
+        return np.zeros_like(values)
+    best, worst = values[is_finite].min(), values[is_finite].max()
+    return np.where(is_finite, values, worst if worst > best else worst + 1)
 
 
 def seed_from_key(key: Array) -> int:

@@ -27,12 +27,12 @@ class GaussianProcess(eqx.Module):
         EI(alpha) = (best - mu) Phi(z) + sigma phi(z),     z = (best - mu) / sigma.
 
     The coordinates are those of `hypergrad.spaces.axes`, with an indicator axis for
-    each value of a choice. A failed trial counts as the worst finite value. In a space
-    of integers and choices only, no combination is proposed again after the initial
-    trials while a candidate is left that was not tried, unless ``noise`` is raised.
-    Proposals of a batch that have no value yet count as trials with the value that the
-    process predicts ("kriging believer", Ginsbourger et al. 2010), so that a batch
-    spreads out.
+    each value of a choice. A failed trial counts as the worst finite value, or as worse
+    by 1 if all finite values are equal. In a space of integers and choices only, no
+    combination is proposed again after the initial trials while a candidate is left
+    that was not tried, unless ``noise`` is raised. Proposals of a batch that have no
+    value yet count as trials with the value that the process predicts ("kriging
+    believer", Ginsbourger et al. 2010), so that a batch spreads out.
 
     Args:
       num_initial: Number of initial random trials, static.

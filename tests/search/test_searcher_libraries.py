@@ -439,7 +439,7 @@ def test_a_batch_of_the_gaussian_process_has_different_combinations():
 
 
 def test_gaussian_process_searches_around_the_best_trial(monkeypatch):
-    """A failure counts as the worst finite value, which is here the best as well."""
+    """A failure is never the best trial, also beside a single finite value."""
     searcher, best = GaussianProcess(3, 20), []
     sample = gaussian_process_module.sample_candidates
     monkeypatch.setattr(
@@ -482,3 +482,13 @@ def test_features_of_a_choice_are_its_indicators():
     t = np.array([[0.5, 0.2, 0.125], [5 / 6, 0.7, 0.875]])
     expected = [[0, 1, 0, 0.2, 0.125], [0, 0, 1, 0.7, 0.875]]
     np.testing.assert_array_equal(to_features(axes, t), expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gaussian_process_keeps_away_from_failures_beside_a_single_value(seed):
+    searcher = GaussianProcess(4, 200)
+    state = searcher.init(Unit(), KEY)
+    for alpha, value in zip([0.05, 0.3, 0.6, 0.95], [5.0] + 3 * [np.nan], strict=True):
+        state = searcher.tell(state, jnp.asarray(alpha), jnp.asarray(value))
+    alpha, _ = searcher.ask(state, jax.random.key(seed))
+    assert alpha < 0.15
