@@ -141,18 +141,28 @@ def estimate_rows(estimate: "Estimate") -> list[Row] | None:
         return None  # a batch, or K losses without a statistic that tells them apart
     reasons = estimate.reasons
     stats = {name: float(x) for name, x in estimate.stats.items()}
-    has_error = not np.isnan(error := stats.get("error_estimate", np.nan))
     rows = [
         ("value", format_numbers(estimate.value)),
         ("hypergradient", describe_tree(estimate.hypergradient, with_norm=True)),
         ("w", describe_tree(estimate.w)),
         ("trusted", str(not reasons)),
         *reason_rows(reasons),
-        ("error_estimate", format_error(error) if has_error else "not available"),
+        ("error_estimate", _describe_error(estimate)),
     ]
     if not np.isnan(stats.get("standard_error", np.nan)):
         rows.append(("standard_error", format_error(stats["standard_error"])))
     return rows + cost_rows(stats)
+
+
+def _describe_error(estimate: "Estimate") -> str:
+    """Returns the estimated error, or why there is none."""
+    error = float(estimate.stats.get("error_estimate", np.nan))
+    if np.isnan(error) or estimate.flags.get("not_finite", False):
+        return "not available"
+    has_adjoint = not np.isnan(float(estimate.stats.get("adjoint_residual", np.nan)))
+    if error == 0 and not has_adjoint:
+        return "0: the exact derivative of this run"
+    return format_error(error)
 
 
 def certificate_rows(certificate: "Certificate") -> list[Row] | None:

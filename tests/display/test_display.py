@@ -102,6 +102,15 @@ def test_errors_that_do_not_apply_are_left_out():
     assert table["error_estimate"] == "not available"
 
 
+def test_an_exact_derivative_of_a_run_does_not_look_like_a_measured_error():
+    """Of a run that diverged nothing is known."""
+    expected = {0.1: "0: the exact derivative of this run", 1e3: "not available"}
+    for step_size, text in expected.items():
+        solver = hg.Descent(optax.sgd(step_size), num_steps=200)
+        estimate = hg.hypergradient(TO_ONE, hg.Unrolled(solver))(0.0, 3.0)
+        assert read_text(estimate)["error_estimate"] == text
+
+
 def test_a_trace_prints_values_trust_cost_and_metrics():
     trace = run(metrics={"m": lambda w, alpha, key: 2 * alpha}, eval_every=3)
     table = read_text(trace)
