@@ -65,7 +65,10 @@ REASONS = {
         "ill-conditioned or dM/dw underflows in float16, or the hypergradient, because "
         "its parts cancel (use float64, center the data, or add a penalty on w)"
     ),
-    "certificate": "the certificate does not confirm the estimate",
+    "certificate": (
+        "the certificate does not confirm the estimate (hg.certify at this w and alpha "
+        "gives its reasons; judge a run of a single-loop method by its values)"
+    ),
     "other_curvature": (
         "hvp_fn stands for the Hessian, whose spectrum is therefore unknown (use "
         "certify=True)"
@@ -80,9 +83,11 @@ REASONS = {
     ),
     "out_of_range": (
         "a number is too large for the fixed-point integers, or the momentum is "
-        "outside of its range"
+        "outside of its range (rescale w, or use hg.Unrolled)"
     ),
-    "not_reversed": "the reversed run did not return to its starting point",
+    "not_reversed": (
+        "the reversed run did not return to its starting point (use hg.Unrolled)"
+    ),
     "rounding_error": (
         "the run amplifies rounding errors, as a chaotic one does, its numbers do not "
         "resolve w, or the parts of the hypergradient cancel (lower the step size, or "
