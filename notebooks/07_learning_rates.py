@@ -181,4 +181,5 @@ plt.show()
 # The learned schedule starts higher than the cosine and falls too, though not to zero.
 # The rates were chosen by the validation loss, so that the test column decides: 95.5 %
 # against 95.2 % for the cosine, a difference that is smaller than the spread of single
-# trainings.
+# trainings. The run amplifies rounding errors: on another processor the same program
+# learned a schedule with a test accuracy of 93.0 ± 8.2 %.
