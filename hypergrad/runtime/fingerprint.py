@@ -42,19 +42,27 @@ def digest(tree: PyTree) -> str:
 
 
 def digest_program(lowered: Any) -> str:
-    """Returns the SHA-256 of a lowered program, with the constants that it contains.
+    """Returns the SHA-256 of a lowered program and of the arrays that it closes over.
+
+    JAX writes these arrays into the text of the program, or passes them as arguments
+    beside it, by its option `CONSTANTS_OUTSIDE`.
 
     Raises:
-      ValueError: JAX is set to leave the constants out of the program, so that two
-        programs with different data would have one digest.
+      ValueError: The arrays are neither in the text nor beside it, so that two programs
+        with different data would have one digest.
     """
-    if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - it is only read
-        raise ValueError(
-            f"{CONSTANTS_OUTSIDE} must be False for checkpoints, saved models and "
-            "searches that can be resumed, which compare programs with their "
-            f"constants. Unset {CONSTANTS_OUTSIDE.upper()}."
-        )
-    return HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    lowered = getattr(lowered, "lowered", lowered)  # Equinox wraps what JAX returns
+    text = HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    constants = getattr(lowered._lowering, "const_args", None)
+    if constants is None:
+        if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - only read
+            raise ValueError(
+                f"JAX {jax.__version__} does not show the arrays that a program closes "
+                "over, by which checkpoints, saved models and resumable searches are "
+                f"compared. Set {CONSTANTS_OUTSIDE.upper()}=0 in the environment."
+            )
+        return text
+    return digest([text, *constants]) if constants else text
 
 
 def digest_function(function: Callable, *inputs: PyTree) -> str:

@@ -320,18 +320,6 @@ def test_estimators_of_the_library_can_be_resumed(name: str, tmp_path):
     assert_same_bits(run(checkpoints=checkpoints, **changes), run(**changes))
 
 
-def test_programs_without_their_constants_are_not_compared(tmp_path):
-    """Their text is equal for other data, as of a loss that closes over an array."""
-    option = "jax_use_simplified_jaxpr_constants"
-    jax.config.update(option, True)
-    try:
-        with pytest.raises(ValueError, match=f"{option} must be False for checkpoints"):
-            run(checkpoints=hg.Checkpoints(tmp_path, 100))
-    finally:
-        jax.config.update(option, False)
-    run(checkpoints=hg.Checkpoints(tmp_path, 100))
-
-
 def test_a_folder_may_be_in_the_home_of_the_user(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
