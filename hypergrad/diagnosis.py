@@ -180,6 +180,8 @@ def _describe_loss(
     if not np.isfinite(value):
         if any(True for _ in _nonfinite_leaves(batch)):
             yield f"{name} is {value} {position}, and its data is not finite either."
+        elif message := _error_of_known_values(loss, w, alpha, batch):
+            yield f"{name} is {value} {position}, of inputs that it refuses: {message}"
         else:
             yield f"{name} is {value} {position}, of finite inputs. {FIND_OPERATION}"
         return
@@ -190,6 +192,18 @@ def _describe_loss(
                 f"although the loss is. {FIND_DERIVATIVE}"
             )
             return
+
+
+def _error_of_known_values(loss: Loss, w: PyTree, alpha: PyTree, batch: PyTree) -> str:
+    """Returns the error of a loss that checks its inputs where they are not traced.
+
+    Surrogates do: under `jax.jit` they return NaN of targets that are not valid.
+    """
+    try:
+        loss(w, alpha, batch)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 @eqx.filter_jit

@@ -73,7 +73,8 @@ class Accuracy(Surrogate):
     targets [n]; ``where`` and ``weights`` have shape [n].
 
     Args:
-      threshold: Scores [n] above it mean class 1. Not used for scores [n, C]. Data.
+      threshold: Scores [n] above it mean class 1. The default, 0, is meant for logits
+        and margins; probabilities need 0.5. Not used for scores [n, C]. Data.
       balanced: Average over the classes that occur, not over the examples. Static.
 
     Ties: half right. In `exact`, a score at the threshold is class 0, and the first of

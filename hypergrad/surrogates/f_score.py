@@ -44,7 +44,8 @@ class CountRatio(Surrogate):
     Args:
       average: 'macro', the mean over classes or labels, or 'micro', of the counts of
         all of them. Both are the same for scores [n]. Static.
-      threshold: Scores above it are predicted. Not used for classes. Data.
+      threshold: Scores above it are predicted. The default, 0, is meant for logits and
+        margins; probabilities need 0.5. Not used for classes. Data.
 
     Ties: half predicted. In `exact`, a score at the threshold is not predicted, and the
     first of equally good classes is.

@@ -129,6 +129,24 @@ def test_a_loss_that_is_not_finite_at_the_start_is_named():
     assert "inner_loss is -inf" in only
 
 
+def test_a_loss_that_refuses_its_targets_is_quoted():
+    """Surrogates return NaN of targets that are not valid where these are traced."""
+    f_score = hg.surrogates.FBeta()
+    loss = lambda w, _, batch: (
+        -f_score(batch["x"] @ w, batch["y"], temperature=jnp.ones(()))
+    )
+    (finding,) = diagnose(outer_loss=loss, val=VAL | {"y": np.sign(VAL["y"])})
+    assert finding.startswith(
+        "outer_loss is nan at the start, of inputs that it refuses:"
+    )
+    assert "targets must be 0 or 1; got -1" in finding
+    assert "of finite inputs" not in finding
+    valid = VAL | {"y": (VAL["y"] > 0).astype(float)}
+    assert not any(
+        "refuses" in finding for finding in diagnose(outer_loss=loss, val=valid)
+    )
+
+
 def test_one_of_several_outer_losses_is_named():
     bad = lambda w, alpha, batch: jnp.log(jnp.sum(w) - jnp.sum(w))
     (only,) = diagnose(outer_loss=(outer_loss, bad))
