@@ -104,7 +104,7 @@ def test_two_processes_give_the_numbers_of_one(dtype: str):
 def test_the_certificate_estimates_the_error_of_bfloat16():
     """To a factor of 2 for a rounded inner loop; one Newton step removes that error.
 
-    Of rounded losses it has the accuracy of bfloat16, and does not confirm the estimate.
+    Of rounded losses it has the accuracy of bfloat16 and does not confirm the estimate.
     """
     first, _, rounded = read_doc_blocks()
     names = {}
