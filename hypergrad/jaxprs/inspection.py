@@ -52,7 +52,7 @@ CONSTANTS = {"without_derivative", "gammasgn"}
 #: with complete derivatives that a rounding, a comparison or an index chooses.
 PIECEWISE_SMOOTH = {
     "_interp", "_map_coordinates", "expm", "sinc", "quantile", "percentile",
-    "nanquantile", "nanpercentile", "_truncated_normal",
+    "nanquantile", "nanpercentile", "_truncated_normal", "_betaln",
 }  # fmt: skip
 
 
