@@ -779,6 +779,7 @@ FULL_DISK = """
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Orbax
         trace = run(checkpoints=checkpoints, progress=fill_disk)
     messages = [str(warning.message) for warning in caught]
     (message,) = messages
