@@ -44,8 +44,8 @@ def digest(tree: PyTree) -> str:
 def digest_program(lowered: Any) -> str:
     """Returns the SHA-256 of a lowered program and of the arrays that it closes over.
 
-    JAX writes these arrays into the text of the program, or passes them as arguments
-    beside it, by its option `CONSTANTS_OUTSIDE`.
+    JAX writes these arrays into the text of the program or, if its option
+    `CONSTANTS_OUTSIDE` is set, passes large ones as arguments beside the text.
 
     Raises:
       ValueError: The arrays are neither in the text nor beside it, so that two programs
@@ -55,7 +55,7 @@ def digest_program(lowered: Any) -> str:
     text = HASH + hashlib.sha256(lowered.as_text().encode()).hexdigest()
     constants = getattr(lowered._lowering, "const_args", None)
     if constants is None:
-        if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - only read
+        if getattr(jax.config, CONSTANTS_OUTSIDE, False):  # noqa: TID251 - it is only read
             raise ValueError(
                 f"JAX {jax.__version__} does not show the arrays that a program closes "
                 "over, by which checkpoints, saved models and resumable searches are "

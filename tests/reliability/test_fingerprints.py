@@ -82,7 +82,7 @@ def test_a_run_with_other_data_in_its_loss_is_not_resumed(tmp_path):
         run_on(array + 1)
 
 
-def test_arrays_that_jax_does_not_show_are_an_error(monkeypatch):
+def test_arrays_that_jax_does_not_show_are_an_error():
     """Two programs with other data would have one digest."""
     lowered = jax.jit(jnp.sin).lower(1.0)
     expected = digest_program(lowered)
