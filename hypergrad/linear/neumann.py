@@ -14,6 +14,7 @@ from ..number_checks import check_positive_int, non_negative
 from ..trees import (
     add_scale,
     cast_like,
+    hash_normal,
     norm,
     safe_norm,
     scalar_dtype,
@@ -130,7 +131,7 @@ def estimate_largest_eigenvalue(matvec: MatVec, like: PyTree) -> Array:
     `NUM_POWER_ITERATIONS` products.
     """
     normalize = lambda v: scale(1.0 / norm(v), v)
-    init_v = normalize(optax.tree.random_like(jax.random.key(0), like))
+    init_v = normalize(hash_normal(0, like))
 
     def iterate(carry, _):
         v, _ = carry
