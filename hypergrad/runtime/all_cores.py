@@ -4,7 +4,8 @@ XLA compiles a loop that calls no library into a single kernel, which runs on on
 Where a step takes microseconds, this saves most of its time. Where a step reads
 megabytes, the other cores are idle. XLA takes no account of the sizes, but a sort
 cannot be a part of such a kernel. The loops of plain reverse mode are left as they
-are.
+are. XLA of JAX 0.8 to 0.12.0 compiles products with matrices so. XLA of JAX 0.12.1
+calls a library for them; this module can go when that is the lowest version.
 """
 
 from collections.abc import Callable
