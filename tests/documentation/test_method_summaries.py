@@ -386,7 +386,8 @@ def momentum(num_steps):
 def num_vectors(estimator, num_entries):
     """Returns the temporaries in vectors like ``w``, for alpha of so many entries."""
     problem = hg.Bilevel(
-        lambda w, alpha, batch: jnp.sum(jnp.cosh(w - alpha[0])) * jnp.sum(alpha**2),
+        # Of a loss such as cosh XLA may hold several vectors more, for its parts.
+        lambda w, alpha, batch: jnp.sum((w - alpha[0]) ** 4) * jnp.sum(alpha**2),
         lambda w, alpha, batch: jnp.sum((w - 1) ** 2),
     )
     w, alpha = jax.ShapeDtypeStruct((SIZE,), float), jnp.ones(num_entries)
@@ -414,10 +415,10 @@ GROWING = {
 
 @pytest.mark.parametrize("name", GROWING)
 def test_memory_grows_as_declared(name):
-    """The compiler may hold every vector twice."""
+    """The compiler may hold every vector twice, and a mask of one byte per entry."""
     make, expected = GROWING[name]
     growth = (num_vectors(*make(20)) - num_vectors(*make(10))) / 10
-    assert expected - 0.1 < growth < 2 * expected + 0.1
+    assert expected - 0.1 < growth < 2 * expected + 1 / 8 + 0.1
 
 
 CONSTANT = {
