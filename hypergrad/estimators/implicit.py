@@ -130,7 +130,7 @@ class Implicit(eqx.Module):
       error per round. With ``certify``: two Newton and adjoint solves, and a probe.
       Of several outer losses those without ``w``, as a number of FLOPs, take none.
     Memory:
-      About 25 vectors like ``w`` by default, whatever the number of inner steps.
+      25 to 30 vectors like ``w`` by default, whatever the number of inner steps.
     Bias:
       First order in the errors of the inner and of the adjoint solve, which are both
       reported. The optimizer and the starting point of the inner solver are not

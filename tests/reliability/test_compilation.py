@@ -536,7 +536,7 @@ def hypergradient_bytes(estimator, size: int) -> int:
     ids=["CG", "Neumann", "Neumann, step size", "Identity", "error estimate"],
 )
 def test_implicit_needs_few_vectors(options, num_vectors):
-    """In addition to the inner solver's memory, for a million parameters of 4 bytes."""
+    """In addition to the inner solver's memory and to scalars."""
     w = jax.ShapeDtypeStruct((MILLION,), jnp.float32)
     solver = hg.Descent(optax.sgd(0.3, momentum=0.9), 50)
     estimator = hg.Implicit(solver, **({"estimate_error": False} | options))
@@ -549,7 +549,7 @@ def test_implicit_needs_few_vectors(options, num_vectors):
         return solver.solve(wide_inner, w, alpha, None, key)[0]
 
     extra = temporary_bytes(estimate, w, w) - temporary_bytes(solve, w, w)
-    assert extra <= num_vectors * 4 * MILLION
+    assert extra / (4 * MILLION) < num_vectors + 0.1
 
 
 def test_the_memory_of_implicit_does_not_grow_with_the_inner_steps():
